@@ -1,0 +1,53 @@
+# Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+NAMES := $(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check bench mini-models tables clean
+
+help: ## this list
+	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make .venv with everything pinned (once)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 setup"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## the main job: sft, lora, kd and neo over three seeds, then table and figure
+	$(BIN)/python -m neo.train experiment=mini
+	$(BIN)/python -m neo.report mini runs=runs/mini replace=true
+
+test: $(READY) ## the tests
+	$(BIN)/pytest
+
+test-all: $(READY) ## the tests, slow ones too
+	$(BIN)/pytest -m 'not gpu or gpu'
+
+check: $(READY) ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY) ## speed and memory of one training step against the plain way
+	$(BIN)/python benchmarks/step.py
+
+mini-models: $(READY) ## build the shipped mini teacher and student from nothing
+	$(BIN)/python -m neo.data.mini_tokenizer build/mini
+	$(BIN)/python -m neo.train experiment=mini_teacher
+	$(BIN)/python -m neo.train experiment=mini_student
+
+table-%: $(READY) ## render experiments/%/table.md and its figures from its records
+	$(BIN)/python -m neo.report $*
+
+tables: $(addprefix table-,$(NAMES)) ## render them all
+
+clean: ## remove what the tools left behind, not .venv and not runs/
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

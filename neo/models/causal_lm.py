@@ -1,0 +1,226 @@
+"""A causal language model of transformers: where it lies, how it is loaded, its backbone and head."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+MINI = Path(__file__).parent / "mini"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# What a model may do to `hidden @ weight.T` before it calls the result logits. A model that does
+# anything else is found out by `check_head`.
+SOFTCAP, MULTIPLIER, DIVISOR = "final_logit_softcapping", "logit_scale", "logits_scaling"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """A causal LM by folder or hub name; building it from a config reads nothing.
+
+    Args:
+        path: A folder, a hub name, or `neo://mini-student` and `neo://mini-teacher`, which are
+            shipped with the package.
+        revision: A branch, tag or commit of the hub.
+        dtype: Of the frozen weights. `auto`: bfloat16 on a GPU that has it, else float32. Trained
+            weights are always float32.
+        attn_implementation: As in transformers; None lets it choose.
+        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        trust_remote_code: Run Python that comes with the weights.
+        random_init: Take the architecture and tokenizer of `path` but fresh weights.
+    """
+
+    path: str | None
+    revision: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+    random_init: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+
+    @property
+    def location(self) -> str:
+        """What transformers is given as the model's name: a folder or a hub name."""
+        if self.path is None:
+            raise ValueError("path=null: must be a folder or a hub name")
+        if self.path.startswith("neo://mini-"):
+            return str(MINI / self.path.removeprefix("neo://mini-"))
+        return self.path
+
+    def config(self) -> Any:
+        """The model's configuration, without its weights.
+
+        Raises:
+            ValueError: There is no model at `path`, or it cannot be read.
+        """
+        return self._read(AutoConfig)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: There is no tokenizer at `path`, or it cannot be read.
+        """
+        return self._read(AutoTokenizer)
+
+    def _read(self, auto: Any) -> Any:
+        path = Path(self.location)
+        if path.is_absolute() or self.location.startswith(".") or path.is_dir():
+            _check_folder(path, str(self.path))
+        try:
+            return auto.from_pretrained(self.location, **self._source())
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"path={self.path!r}: {_first_line(error)}") from error
+
+    def meta(self) -> nn.Module:
+        """The model on the meta device: all shapes, no weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                self.config(), trust_remote_code=self.trust_remote_code
+            )
+
+    def load(self, device: torch.device, *, trained: bool, seed: int = 0) -> nn.Module:
+        """The model with its weights, in eval mode.
+
+        Args:
+            device: Decides what `dtype="auto"` means; the weights stay on the CPU.
+            trained: All of its weights will be trained, so they are float32.
+            seed: Of the weights, where they are fresh.
+
+        Raises:
+            ValueError: The weights are missing or not in safetensors, or the head is unknown.
+        """
+        transformers_logging.disable_progress_bar()
+        dtype = torch.float32 if trained else self._dtype(device)
+        attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        if self.random_init:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(
+                    self.config(), dtype=dtype, trust_remote_code=self.trust_remote_code, **attention
+                ).eval()
+        else:
+            try:
+                # use_safetensors: unpickling a .bin can run code.
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.location, dtype=dtype, use_safetensors=True, **attention, **self._source()
+                )
+            except (OSError, ValueError) as error:
+                raise ValueError(f"path={self.path!r}: {_first_line(error)}") from error
+        if self.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        check_head(model)
+        return model
+
+    def identity(self) -> dict[str, str]:
+        """What the weights are: the hub's commit, or a hash of the folder's files.
+
+        Files past 64 MiB count by size, first and last MiB: telling two models apart does not need
+        every byte of them.
+        """
+        folder = Path(self.location)
+        if not folder.is_dir():
+            commit = getattr(self.config(), "_commit_hash", None)
+            return {"revision": str(commit or self.revision or "main")}
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.*")):
+            if file.suffix in (".json", ".safetensors", ".jinja", ".model"):
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+                with file.open("rb") as opened:
+                    if file.stat().st_size <= 64 * 2**20:
+                        digest.update(opened.read())
+                    else:
+                        digest.update(opened.read(2**20))
+                        opened.seek(-(2**20), 2)
+                        digest.update(opened.read())
+        return {"hash": digest.hexdigest()[:16]}
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+
+    def _source(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Int64[Tensor, "batch length"],
+    position_ids: Int64[Tensor, "batch length"],
+) -> Float[Tensor, "batch length d"]:
+    """The backbone's last hidden states; a position that restarts at 0 begins a new example.
+
+    `use_cache=False` is what makes transformers keep packed examples apart.
+    """
+    output = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state
+
+
+def logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """The model's logit multiplier and soft cap: logits = cap(multiplier * hidden @ weight.T)."""
+    config = model.config.get_text_config()
+    multiplier = float(getattr(config, MULTIPLIER, None) or 1.0)
+    multiplier /= float(getattr(config, DIVISOR, None) or 1.0)
+    softcap = getattr(config, SOFTCAP, None)
+    return multiplier, None if softcap is None else float(softcap)
+
+
+def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight, "rows d", and bias of the model's output embedding.
+
+    Raises:
+        ValueError: It is not a plain linear layer, so its logits cannot be computed in chunks.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the head of {type(model).__name__} is a {type(head).__name__}; it must be a plain "
+            "Linear (an adapter on the head is not supported)"
+        )
+    return head.weight, head.bias
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compares the logits computed from hidden states with the model's own, on four tokens.
+
+    Raises:
+        ValueError: They differ: the model does something to its logits that we do not know.
+    """
+    input_ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(4)[None]
+    expected = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits.float()
+    (weight, bias), (multiplier, softcap) = head_of(model), logit_transform(model)
+    hidden = hidden_states(model, input_ids, positions)
+    logits = nn.functional.linear(hidden, weight, bias).float() * multiplier
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    scale = expected.abs().max().clamp(min=1e-3)
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
+    if logits.shape != expected.shape or (logits - expected).abs().max() > tolerance * scale:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than a head, a scale and a soft cap; "
+            "its loss cannot be computed from hidden states"
+        )
+
+
+def _check_folder(folder: Path, path: str) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"path={path!r}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"path={path!r}: the folder has no config.json, it holds no model")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,74 @@
+"""LoRA variants: how a student is trained, one file of PEFT's own keys each (`conf/lora/`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The branch a student trains; all its weights where `adapter` is None."""
+
+    adapter: LoraConfig | None
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The model with what is to be trained, and nothing else, requiring gradients.
+
+        Raises:
+            ValueError: `target_modules` match no layer, or one of them matches none.
+        """
+        if self.adapter is None:
+            return model.requires_grad_(True)
+        self._check_targets(model)
+        return get_peft_model(model, self.adapter)
+
+    def _check_targets(self, model: nn.Module) -> None:
+        assert self.adapter is not None
+        targets = self.adapter.target_modules
+        if targets is None or isinstance(targets, str):
+            return  # all-linear, a regular expression, or PEFT's choice: PEFT refuses an empty match
+        names = [name for name, _ in model.named_modules()]
+        missing = [t for t in sorted(targets) if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if missing:
+            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ValueError(
+                f"lora.target_modules={missing}: match no layer; the linear layers are {', '.join(linear)}"
+            )
+
+
+def lora(**keys: Any) -> Variant:
+    """A LoRA branch; the keys are `peft.LoraConfig`'s own.
+
+    Raises:
+        ValueError: A value that PEFT would only trip over later, or silently accept.
+    """
+    problems = list(_problems(keys))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Variant(LoraConfig(**{"task_type": "CAUSAL_LM", **keys}))
+
+
+lora.passes_keys_to = LoraConfig  # type: ignore[attr-defined]
+
+
+def none() -> Variant:
+    """No branch: all weights of the student are trained."""
+    return Variant(None)
+
+
+def _problems(keys: Mapping[str, Any]) -> list[str]:
+    r, alpha, dropout = keys.get("r", 8), keys.get("lora_alpha", 8), keys.get("lora_dropout", 0.0)
+    targets = keys.get("target_modules", "all-linear")
+    problems = []
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        problems.append(f"lora.r={r!r}: must be an integer of at least 1")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha <= 0:
+        problems.append(f"lora.lora_alpha={alpha!r}: must be a number above 0")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        problems.append(f"lora.lora_dropout={dropout!r}: must lie in [0, 1)")
+    if targets is not None and not targets:
+        problems.append("lora.target_modules=[]: must name at least one layer, or be all-linear")
+    return problems

@@ -1,0 +1,77 @@
+"""Where numbers go while a run trains: metrics.csv always, Weights & Biases where asked for."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from neo.results.metrics import METRICS
+
+
+def none() -> None:
+    """No logger beside metrics.csv."""
+
+
+def wandb(*, project: str, offline: bool | None = None, **keys: Any) -> Logger:
+    """Lightning's W&B logger; offline where nobody is logged in, which it says, and how to sync.
+
+    Args:
+        project: Of the dashboard.
+        offline: None: if and only if nobody is logged in.
+        **keys: Passed to `lightning.pytorch.loggers.WandbLogger`, such as `entity` and `tags`.
+    """
+    import wandb as library
+    from lightning.pytorch.loggers import WandbLogger
+
+    if offline is None:
+        offline = not library.api.api_key
+        if offline:
+            folder = Path(keys.get("save_dir", ".")) / "wandb"
+            print(f"W&B: nobody is logged in, so this run is kept offline. To send it: wandb login && "
+                  f"wandb sync {folder}/offline-run-*")  # fmt: skip
+    return WandbLogger(project=project, offline=offline, **keys)
+
+
+class MetricsFile(Logger):
+    """Appends every logged step to `metrics.csv`: one row a step, one column a metric.
+
+    Unlike Lightning's CSVLogger it keeps what a run wrote before it was cut off, and drops only
+    the rows past the step it goes on from.
+    """
+
+    COLUMNS = ("step", *METRICS)
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        super().__init__()
+        self.path = run_dir / "metrics.csv"
+        kept: list[dict[str, str]] = []
+        if resume_step is not None and self.path.exists():
+            with self.path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) < resume_step]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    @property
+    def name(self) -> str:
+        return "metrics.csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Writes one row; `epoch`, which Lightning adds to everything, is left out."""
+        row = {name: f"{value:.8g}" for name, value in metrics.items() if name in METRICS}
+        if row:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.COLUMNS).writerow({"step": str(step), **row})

@@ -1,0 +1,99 @@
+"""Where models and data meet: what only both together can tell, checked before a weight is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from neo.config import ConfigError
+from neo.models.causal_lm import CausalLM
+from neo.models.student import build_meta_student, trained_parameters
+from neo.models.tokenizers import num_token_ids, tokenizer_differences
+from neo.models.variants import Variant
+from neo.teachers.online import OnlineTeacher
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What is known of a run before a weight is read.
+
+    Args:
+        tokenizer: The student's; teacher and student share its ids.
+        vocab: How many ids they share; what a head has beyond is padding.
+        num_parameters: Of the student.
+        num_trainable_parameters: Of them, trained.
+        num_teacher_parameters: 0 without a teacher.
+        trained_tensors: Their names and shapes.
+        notes: What a reader should know: padded heads, differences allowed.
+    """
+
+    tokenizer: Any
+    vocab: int
+    num_parameters: int
+    num_trainable_parameters: int
+    num_teacher_parameters: int
+    trained_tensors: dict[str, tuple[int, ...]]
+    notes: list[str]
+
+
+def meet(student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_length: int) -> Meeting:
+    """Checks the student, the teacher and the branch against each other.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    models: dict[str, CausalLM] = {"student": student}
+    if teacher is not None:
+        models["teacher"] = teacher
+    tokenizers, metas = {}, {}
+    for role, model in models.items():
+        try:
+            tokenizers[role] = model.tokenizer()
+            metas[role] = model.meta()
+        except ValueError as error:
+            problems.append(f"{role}.{error}")
+    for role, meta in metas.items():
+        longest = getattr(meta.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and max_length > longest:
+            problems.append(f"data.max_length={max_length}: the {role} takes at most {longest} tokens")
+    if len(metas) == len(models):
+        vocab = num_token_ids(tokenizers["student"])
+        if teacher is not None:
+            differences = tokenizer_differences(tokenizers["student"], tokenizers["teacher"])
+            said = [f"the tokenizers of student and teacher differ: {d}" for d in differences]
+            if teacher.allow_tokenizer_differences:
+                notes += said
+            else:
+                problems += [f"teacher.path={teacher.path!r}: {line}" for line in said]
+        for role, meta in metas.items():
+            rows = meta.get_output_embeddings().weight.shape[0]
+            if rows < vocab:
+                problems.append(
+                    f"{role}.path={models[role].path!r}: its head has {rows} rows, "
+                    f"the student's tokenizer {vocab} ids"
+                )
+            elif rows > vocab:
+                notes.append(f"the {role}'s head has {rows} rows, of which the first {vocab} are used")
+    trained: dict[str, nn.Parameter] = {}
+    if "student" in metas:
+        try:
+            whole = build_meta_student(student, lora)
+            trained = trained_parameters(whole)
+        except ValueError as error:
+            text = str(error)
+            problems.append(text if text.startswith("lora.") else f"lora: {text}")
+    if problems:
+        raise ConfigError(problems)
+    return Meeting(
+        tokenizer=tokenizers["student"],
+        vocab=vocab,
+        num_parameters=sum(p.numel() for p in whole.parameters()),
+        num_trainable_parameters=sum(p.numel() for p in trained.values()),
+        num_teacher_parameters=(
+            sum(p.numel() for p in metas["teacher"].parameters()) if teacher is not None else 0
+        ),
+        trained_tensors={name: tuple(p.shape) for name, p in trained.items()},
+        notes=notes,
+    )

@@ -1,0 +1,224 @@
+"""The LightningModule: it holds student and teacher, and joins data, models and loss."""
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neo.data.packing import Batch
+from neo.data.prompt import IGNORE
+from neo.losses.distillation import Distillation, TokenSums
+from neo.losses.fused import Head, fused_sums
+from neo.models.causal_lm import CausalLM, head_of, hidden_states, logit_transform
+from neo.models.student import build_student, inner, trained_parameters
+from neo.models.variants import Variant
+from neo.teachers.online import FrozenTeacher, OnlineTeacher
+from neo.training.optim import AdamW
+
+
+class NeoModule(L.LightningModule):
+    """Trains a student against a frozen teacher; checkpoints hold the trained weights only.
+
+    Args:
+        student: What is loaded as the student's base.
+        teacher: None where no teacher is wanted.
+        lora: The branch, or all weights.
+        loss: The weighted sum of cross-entropy and divergence.
+        optim: Optimizer and schedule.
+        vocab: Ids that student and teacher share: [0, vocab). Rows of a head beyond are padding.
+        seed: Of the branch's initial weights.
+    """
+
+    student: nn.Module
+    teacher: FrozenTeacher | None
+
+    def __init__(
+        self,
+        student: CausalLM,
+        teacher: OnlineTeacher | None,
+        lora: Variant,
+        loss: Distillation,
+        optim: AdamW,
+        *,
+        vocab: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.specs = (student, teacher, lora)
+        self.loss, self.optim, self.vocab, self.seed = loss, optim, vocab, seed
+        self.strict_loading = False
+        self.built = False
+        self.num_tokens = torch.tensor(0)  # supervised tokens trained on, all ranks; stays on the device
+        self.rows_in_epoch = 0
+        self.step_sums: TokenSums | None = None  # of the optimizer step under way
+        self.val_sums: TokenSums | None = None
+
+    def configure_model(self) -> None:
+        """Loads the weights, once."""
+        if self.built:
+            return
+        student, teacher, lora = self.specs
+        device = self.trainer.strategy.root_device if self._trainer else torch.device("cpu")
+        self.student = build_student(student, lora, device, self.seed)
+        self.teacher = teacher.load_frozen(device) if teacher is not None else None
+        self.built = True
+
+    def token_sums(self, batch: Batch, *, with_teacher: bool) -> TokenSums:
+        """The loss of a batch, summed over its supervised tokens; only those reach a head."""
+        keep = batch.targets != IGNORE
+        student = inner(self.student)
+        hidden = hidden_states(student, batch.input_ids, batch.position_ids)[keep]
+        teacher_hidden = teacher_head = None
+        if with_teacher and self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher.model
+                teacher_hidden = hidden_states(teacher, batch.input_ids, batch.position_ids)[keep]
+            teacher_head = _head(teacher)
+        return fused_sums(
+            hidden,
+            _head(student),
+            teacher_hidden,
+            teacher_head,
+            batch.targets[keep],
+            self.loss,
+            self.vocab,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        """The loss as a sum over tokens; `on_before_optimizer_step` divides, once."""
+        sums = self.token_sums(batch, with_teacher=self.loss.kd_ratio > 0)
+        so_far = sums.detach()
+        self.step_sums = so_far if self.step_sums is None else self.step_sums + so_far
+        self.rows_in_epoch += batch.report.rows
+        data = cast(Any, self.trainer).datamodule
+        data.add_report(batch.report)
+        data.position = (self.current_epoch, batch_idx + 1)
+        return sums.loss
+
+    def on_train_epoch_start(self) -> None:
+        """Counts rows anew, unless the epoch goes on where a checkpoint left it."""
+        if cast(Any, self.trainer).datamodule.position[1] == 0:
+            self.rows_in_epoch = 0
+
+    def on_train_epoch_end(self) -> None:
+        """The next epoch begins at its first batch."""
+        cast(Any, self.trainer).datamodule.position = (self.current_epoch + 1, 0)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes every gradient the mean over all supervised tokens of this step, before clipping.
+
+        Lightning has divided by the micro-batches (and DDP by the ranks); both are undone here,
+        so that neither accumulation nor the number of devices changes what is optimized.
+        """
+        assert self.step_sums is not None
+        sums, self.step_sums = self.step_sums, None
+        reduce = self.trainer.strategy.reduce
+        tokens = cast(Tensor, reduce(sums.tokens, reduce_op="sum"))
+        undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, undo / tokens.clamp(min=1))
+        lr = self.optim.rate(self.progress())
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.num_tokens = self.num_tokens.to(tokens.device) + tokens
+        means = {
+            f"train/{name}": value / tokens.clamp(min=1)
+            for name in ("loss", "ce", "kd")
+            if (value := getattr(sums, name)) is not None
+        }
+        norm = nn.utils.get_total_norm(gradients)
+        self.log_dict(
+            means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": self.num_tokens.float()}
+        )
+
+    def progress(self) -> float:
+        """How much of the run lies behind the middle of this step, in [0, 1]."""
+        trainer = cast(Any, self.trainer)
+        shares = []
+        if trainer.max_steps > 0:
+            shares.append((trainer.global_step + 0.5) / trainer.max_steps)
+        if trainer.max_epochs and trainer.max_epochs > 0 and trainer.datamodule.num_rows:
+            # The rows of this step are read already; half of them lie behind its middle, which
+            # is as good as exact where an epoch has more than a few steps.
+            rows = self.rows_in_epoch * trainer.world_size
+            shares.append((self.current_epoch + rows / trainer.datamodule.num_rows) / trainer.max_epochs)
+        return min(1.0, max(shares, default=0.0))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds up the sums; a teacher that is there is measured against, in the loss or not."""
+        sums = self.token_sums(batch, with_teacher=True)
+        self.val_sums = sums if self.val_sums is None else self.val_sums + sums
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs means over all supervised tokens of the validation rows."""
+        if self.val_sums is None:
+            return
+        sums, self.val_sums = self.val_sums, None
+        reduce = self.trainer.strategy.reduce
+        tokens = cast(Tensor, reduce(sums.tokens, reduce_op="sum")).clamp(min=1)
+        named = {
+            "val/loss": sums.loss,
+            "val/ce": sums.ce,
+            "val/kd": sums.kd,
+            "val/agreement": sums.agree,
+            "val/teacher_mass_out": sums.teacher_mass_out,
+        }
+        self.log_dict(
+            {
+                name: cast(Tensor, reduce(value, reduce_op="sum")) / tokens
+                for name, value in named.items()
+                if value is not None
+            }
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over what is trained; its rate is set at every step from the progress."""
+        return self.optim.build(trained_parameters(self.student))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained weights and nothing else."""
+        return {f"student.{n}": p.detach() for n, p in trained_parameters(self.student).items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads trained weights.
+
+        Raises:
+            ValueError: The checkpoint does not hold exactly what this run trains, so that some of
+                it would silently stay as it was initialised.
+        """
+        expected = self.state_dict()
+        if expected.keys() != state_dict.keys():
+            differing = sorted(expected.keys() ^ state_dict.keys())
+            raise ValueError(
+                f"the checkpoint holds other weights than this run trains: {len(differing)} differ, "
+                f"such as {differing[0]}"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters and the random state, which resuming to the bit needs."""
+        checkpoint["neo"] = {
+            "num_tokens": self.num_tokens,
+            "rows_in_epoch": self.rows_in_epoch,
+            "rng": torch.get_rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `on_save_checkpoint` added."""
+        kept = checkpoint["neo"]
+        self.num_tokens, self.rows_in_epoch = kept["num_tokens"], kept["rows_in_epoch"]
+        self.restored_rng = kept["rng"]
+
+    def on_train_start(self) -> None:
+        """Sets the random state last, after everything that set-up has drawn."""
+        if (rng := getattr(self, "restored_rng", None)) is not None:
+            torch.set_rng_state(rng.cpu())
+            del self.restored_rng
+
+
+def _head(model: nn.Module) -> Head:
+    weight, bias = head_of(model)
+    scale, softcap = logit_transform(model)
+    return Head(weight=weight, bias=bias, logit_scale=scale, softcap=softcap)

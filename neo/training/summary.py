@@ -1,0 +1,91 @@
+"""What a run says on the terminal before and after it trains."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from neo.data.datamodule import DataModule
+from neo.results.metrics import metric_info
+from neo.results.records import RunRecord
+from neo.training.meet import Meeting
+
+
+def print_plan(
+    console: Console, config: dict[str, Any], folder: Path, meeting: Meeting, data: DataModule
+) -> None:
+    """Says what trains, how many parameters, steps and tokens, and where the outputs go."""
+    table = _table(f"{config['experiment_name']}: method={config['method']['name']}")
+    whole, trained = meeting.num_parameters, meeting.num_trainable_parameters
+    table.add_row("student", f"{config['student']['path']}  {whole:,} parameters")
+    what = f"{trained:,} parameters ({trained / whole:.1%}) in {len(meeting.trained_tensors)} tensors"
+    kinds = Counter(_layer(name) for name in meeting.trained_tensors)
+    table.add_row("trained", f"{what}: {', '.join(sorted(kinds))}")
+    teacher = config["teacher"].get("path")
+    size = f"{teacher}  {meeting.num_teacher_parameters:,} parameters" if teacher else "none"
+    table.add_row("teacher", size)
+    loss = config["loss"]
+    divergence = loss["divergence"]["_target_"].rpartition(".")[2]
+    table.add_row(
+        "loss",
+        f"{1 - loss['kd_ratio']:g} * ce + {loss['kd_ratio']:g} * {divergence} at T={loss['temperature']:g}",
+    )
+    table.add_row("data", data.description())
+    table.add_row("steps", _steps(config, data))
+    optim = config["optim"]
+    table.add_row("optimizer", f"AdamW, lr {optim['lr']:g}, {optim['schedule']}, warm-up {optim['warmup_ratio']:.0%}")
+    for note in meeting.notes:
+        table.add_row("note", note)
+    table.add_row("outputs", str(folder))
+    console.print(table)
+
+
+def print_result(console: Console, record: RunRecord, folder: Path) -> None:
+    """Says how the run ended, its numbers with their units, and what lies where."""
+    table = _table(f"{record.experiment_name}/{record.run_id}: {record.status}")
+    if record.error:
+        table.add_row("stopped by", record.error)
+    for name, value in sorted(record.metrics.items()):
+        info = metric_info(name)
+        table.add_row(name, f"{value * info.scale:,.{info.decimals}f} {info.printed_unit}".rstrip())
+    table.add_row("supervised tokens", f"{record.num_tokens or 0:,}")
+    rows = record.rows
+    bad = ", ".join(f"{count} {reason}" for reason, count in rows.get("bad", {}).items()) or "none"
+    table.add_row("rows", f"{rows.get('read', 0):,} read, {rows.get('truncated', 0):,} truncated, unusable: {bad}")
+    table.add_row("time", f"{record.seconds or 0:,.1f} s")
+    table.add_row("outputs", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    console.print(table)
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _steps(config: dict[str, Any], data: DataModule) -> str:
+    """Optimizer steps and supervised tokens, estimated from a sample of the rows."""
+    trainer, spec = config["trainer"], data.data
+    accumulate = trainer["accumulate_grad_batches"]
+    sample = data.estimate()
+    micro = f"{spec.batch_size} x {accumulate} sequences of at most {spec.max_length} tokens"
+    per_step = sample.supervised_tokens_per_batch * accumulate
+    if trainer["max_steps"] > 0:
+        steps = trainer["max_steps"]
+        return f"{steps:,} of {micro}, about {steps * per_step:,.0f} supervised tokens"
+    assert data.num_rows is not None  # checked when the data was opened
+    epochs = trainer["max_epochs"]
+    steps = epochs * data.num_rows / sample.rows_per_batch / accumulate
+    return (
+        f"about {steps:,.0f} ({epochs} epoch{'s' * (epochs != 1)}) of {micro}, "
+        f"about {steps * per_step:,.0f} supervised tokens"
+    )
+
+
+def _layer(name: str) -> str:
+    """The kind of layer a tensor belongs to: q_proj, embed_tokens, norm."""
+    parts = [p for p in name.split(".") if p not in ("weight", "bias", "default", "lora_A", "lora_B")]
+    return parts[-1]
