@@ -25,6 +25,7 @@ from rich.console import Console
 
 from neo.config import ConfigError, build, conf_dir, open_groups, register, resolve, run_id, validate
 from neo.data.datamodule import DataModule
+from neo.data.packing import RowReport
 from neo.models.student import inner, save_student
 from neo.results.records import RunRecord, finite, provenance, read_record, write_record
 from neo.training.callbacks import DivergedError, PeakMemory, ProgressBar, StopOnNaN, Throughput
@@ -135,13 +136,13 @@ class Run:
             num_tokens=self.num_tokens,
             seconds=round(time.perf_counter() - began, 3),
             peak_memory_gib=self.peak_gib,
-            rows=self.data.rows_record(),
+            rows=_row_counts(self.data.report),
             models={
                 role: {"path": spec.path} | spec.identity()
                 for role in ("student", "teacher")
                 if (spec := self.specs[role]) is not None
             },
-            data=self.data.identity(),
+            data={"path": self.config["data"].get("path", "mini"), "num_rows": self.data.num_rows, "schema": self.data.schema},
             argv=["neo-train", *(argument.removeprefix("++") for argument in sys.argv[1:])],
             **provenance(torch.cuda.get_device_name() if gpu else None),
         )
@@ -179,11 +180,12 @@ class Run:
             self.metrics["perf/tokens_per_s"] = self.throughput.tokens_per_s(module)
             if self.peak_gib is not None:
                 self.metrics["perf/peak_mem_gib"] = self.peak_gib
-        if self.data.has_val:
+        if self.data.num_val_rows:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
         if config["eval_split"]:
-            rows = self.data.rows_with_answers(config["eval_split"])
+            source = self.data.data
+            rows = source.test_rows() if config["eval_split"] == "test" else source.val_rows()
             self.metrics |= exact_match(inner(module.student), self.meeting.tokenizer, self.data.encoder, rows)
         trainer.save_checkpoint(checkpoint)
         save_student(module.student, self.meeting.tokenizer, folder)
@@ -246,6 +248,16 @@ def _recorded(folder: Path, identity: str) -> RunRecord | None:
             [f"run_dir={str(folder)!r}: holds run {record.run_id}, this config is run {identity}"]
         )
     return record if record.status == "ok" else None
+
+
+def _row_counts(report: RowReport) -> dict[str, Any]:
+    """What became of the rows of the last epoch."""
+    return {
+        "read": report.rows,
+        "used": report.rows - report.num_bad,
+        "truncated": report.truncated,
+        "bad": dict(report.bad),
+    }
 
 
 def _status_of(exception: BaseException) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from neo.data.datamodule import DataModule
+from neo.data.datamodule import DataModule, peek
+from neo.data.packing import Batch
+from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
 from neo.training.meet import Meeting
@@ -32,7 +34,7 @@ def print_plan(
         "loss",
         f"{1 - loss['kd_ratio']:g} * ce + {loss['kd_ratio']:g} * {divergence} at T={loss['temperature']:g}",
     )
-    table.add_row("data", data.description())
+    table.add_row("data", _rows(config, data))
     table.add_row("steps", _steps(config, data))
     optim = config["optim"]
     table.add_row("optimizer", f"AdamW, lr {optim['lr']:g}, {optim['schedule']}, warm-up {optim['warmup_ratio']:.0%}")
@@ -70,15 +72,17 @@ def _steps(config: dict[str, Any], data: DataModule) -> str:
     """Optimizer steps and supervised tokens, estimated from a sample of the rows."""
     trainer, spec = config["trainer"], data.data
     accumulate = trainer["accumulate_grad_batches"]
-    sample = data.estimate()
+    sample = peek(data, 4)
+    tokens = sum(int((batch.targets != IGNORE).sum()) for batch in sample) / len(sample)
+    rows_per_batch = sum(_num_examples(batch) for batch in sample) / len(sample)
     micro = f"{spec.batch_size} x {accumulate} sequences of at most {spec.max_length} tokens"
-    per_step = sample.supervised_tokens_per_batch * accumulate
+    per_step = tokens * accumulate
     if trainer["max_steps"] > 0:
         steps = trainer["max_steps"]
         return f"{steps:,} of {micro}, about {steps * per_step:,.0f} supervised tokens"
     assert data.num_rows is not None  # checked when the data was opened
     epochs = trainer["max_epochs"]
-    steps = epochs * data.num_rows / sample.rows_per_batch / accumulate
+    steps = epochs * data.num_rows / max(1.0, rows_per_batch) / accumulate
     return (
         f"about {steps:,.0f} ({epochs} epoch{'s' * (epochs != 1)}) of {micro}, "
         f"about {steps * per_step:,.0f} supervised tokens"
@@ -89,3 +93,22 @@ def _layer(name: str) -> str:
     """The kind of layer a tensor belongs to: q_proj, embed_tokens, norm."""
     parts = [p for p in name.split(".") if p not in ("weight", "bias", "default", "lora_A", "lora_B")]
     return parts[-1]
+
+
+def _num_examples(batch: Batch) -> int:
+    """How many rows lie in a batch; its report counts those read, and packing reads ahead."""
+    starts = (batch.position_ids == 0).nonzero().tolist()
+    ends = [*starts[1:], [len(batch.targets), 0]]
+    return sum(
+        bool((batch.targets[row, at : end if row == end_row else None] != IGNORE).any())
+        for (row, at), (end_row, end) in zip(starts, ends, strict=True)
+    )
+
+
+def _rows(config: dict[str, Any], data: DataModule) -> str:
+    """Where the rows come from and how many there are."""
+    source = config["data"].get("path") or "the mini-lab"
+    if noise := config["data"].get("label_noise"):
+        source += f" ({noise:.0%} of the answers wrong)"
+    train = "a stream of rows" if data.num_rows is None else f"{data.num_rows:,} rows"
+    return f"{source}: {train} ({data.schema}) to train on, {data.num_val_rows:,} to validate on"

@@ -1,0 +1,271 @@
+"""The data of a run: what a config says of it, and the loaders that come of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from neo.data.loader import EpochLoader, TooManyBadRows
+from neo.data.order import Rows, RowStream, RowTable, first_columns, permutation
+from neo.data.packing import Batch, RowReport
+from neo.data.prompt import PromptEncoder
+from neo.data.rows import SCHEMAS, detect_schema
+from neo.data.validation import held_out_rows, split_table, table_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What all sources of rows have in common; a subclass says where the rows come from.
+
+    Args:
+        max_length: Tokens per sequence; longer rows are cut off at the right.
+        batch_size: Sequences per micro-batch: rows, or packed sequences of several rows.
+        packing: Lay short rows side by side in one sequence, unseen by each other.
+        schema: One of `SCHEMAS`; None finds it out from the columns.
+        chat_template: A shipped template's name or a .jinja file; None is the tokenizer's own.
+        shuffle: Read rows in an order that seed and epoch fix, instead of as they stand.
+        val_share: The share of rows held out for validation; 0 for none.
+        max_rows: At most so many rows: of a stream the first, otherwise drawn with the seed.
+        max_val_rows: At most so many rows held out.
+        max_bad_rows: More unusable rows in an epoch (of one process) stop the run.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+    """
+
+    max_length: int = 2048
+    batch_size: int = 8
+    packing: bool = True
+    schema: str | None = None
+    chat_template: str | None = None
+    shuffle: bool = True
+    val_share: float = 0.02
+    max_rows: int | None = None
+    max_val_rows: int | None = 1000
+    max_bad_rows: int | None = 100
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, each with what would be legal."""
+        problems = []
+        for name, least in (
+            ("max_length", 2),
+            ("batch_size", 1),
+            ("max_rows", 1),
+            ("max_val_rows", 1),
+            ("max_bad_rows", 0),
+            ("num_workers", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"data.{name}={value}: must be at least {least}")
+        if not 0 <= self.val_share < 1:
+            problems.append(f"data.val_share={self.val_share}: must be at least 0 and below 1")
+        if self.schema is not None and self.schema not in SCHEMAS:
+            legal = ", ".join(SCHEMAS)
+            problems.append(f"data.schema={self.schema!r}: must be null or one of {legal}")
+        return problems
+
+    def rows(self) -> Rows:
+        """The rows, as a table or as a stream that can be read again from its beginning."""
+        raise NotImplementedError
+
+    def val_rows(self) -> RowTable | None:
+        """Rows of their own for validation; None: a share of `rows` is held out."""
+        return None
+
+
+class DataModule(L.LightningDataModule):
+    """Loaders of `Batch` for training and validation, the same whenever they are made again.
+
+    `position` is (epoch, batches consumed of it); training sets it before a checkpoint is saved,
+    and after `load_state_dict` the first pass begins behind it.
+
+    Attributes:
+        report: What was read for training in this epoch, as far as `add_report` was told.
+        num_rows: Rows per epoch to train on; None for a stream.
+        num_val_rows: Rows to validate on.
+    """
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        super().__init__()
+        self.data, self.seed = data, seed
+        self.encoder = PromptEncoder(tokenizer, data.max_length, data.chat_template)
+        self.position: tuple[int, int] = (0, 0)
+        self.report = RowReport()
+        self._reported_epoch = 0
+        self._epoch = 0
+        self._resume: tuple[int, int] | None = None
+        self._train_rows: Rows | None = None
+        self._train_indices: np.ndarray | None = None
+        self._val_rows: RowTable | None = None
+        self._val_indices: np.ndarray | None = None
+        self.schema: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process among those that train together."""
+        return int(self.trainer.global_rank) if self.trainer is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return int(self.trainer.world_size) if self.trainer is not None else 1
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows per epoch to train on, of all ranks together; None for a stream."""
+        self.setup()
+        return None if self._train_indices is None else len(self._train_indices)
+
+    @property
+    def num_val_rows(self) -> int:
+        """Rows to validate on."""
+        self.setup()
+        return 0 if self._val_indices is None else len(self._val_indices)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the rows, finds out their schema and holds out validation rows; once."""
+        if self.schema is not None:
+            return
+        data = self.data
+        rows = data.rows()
+        columns = first_columns(rows)
+        if not columns:
+            raise ValueError(f"data: there are no rows in {data}")
+        schema = data.schema or detect_schema(columns)
+        val_rows: Any = data.val_rows()
+        if isinstance(rows, RowTable):
+            indices = np.arange(len(rows))
+            if data.max_rows is not None and data.max_rows < len(rows):
+                indices = np.sort(permutation(len(rows), self.seed)[: data.max_rows])
+            if val_rows is None and data.val_share:
+                keys = table_keys(rows, indices, schema)
+                train, val = split_table(keys, data.val_share, data.max_val_rows)
+                self._train_indices, self._val_indices = indices[train], indices[val]
+                val_rows = rows
+            else:
+                self._train_indices = indices
+        elif val_rows is None and data.val_share:
+            val_rows = held_out_rows(rows, schema, data.val_share, data.max_val_rows, data.max_rows)
+        if val_rows is not None and self._val_indices is None:
+            self._val_indices = np.arange(len(val_rows))
+        self._train_rows, self._val_rows, self.schema = rows, val_rows, schema
+
+    def train_dataloader(self) -> EpochLoader:
+        """One epoch of training batches per pass."""
+        self.setup()
+        assert self._train_rows is not None
+        stream = self._stream(self._train_rows, self._train_indices, shuffle=self.data.shuffle)
+        return EpochLoader(
+            stream,
+            num_workers=self.data.num_workers,
+            epoch=self._begin_epoch,
+            skip=self._take_resume,
+            skipped=self.add_report,
+            device=self._device,
+        )
+
+    def val_dataloader(self) -> EpochLoader | Sequence[Any]:
+        """The validation batches, every time the same; nothing if no rows are held out."""
+        self.setup()
+        if self._val_rows is None:
+            return []
+        stream = self._stream(self._val_rows, self._val_indices, shuffle=False)
+        # read in the training process, or workers for both would wait for each other's turn
+        return EpochLoader(stream, num_workers=0, epoch=lambda: 0, device=self._device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next pass; under a trainer its current epoch counts instead."""
+        self._epoch = epoch
+
+    def add_report(self, report: RowReport) -> None:
+        """Adds up what was read in this epoch.
+
+        Raises:
+            TooManyBadRows: More rows than `data.max_bad_rows` could not be used.
+        """
+        self.report = self.report + report
+        limit = self.data.max_bad_rows
+        if limit is not None and self.report.num_bad > limit:
+            raise TooManyBadRows(self.report, limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, and what it depends on."""
+        epoch, batches = self.position
+        return {"epoch": epoch, "batches": batches, **self._sharding()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on behind the saved place; the order of rows must be the one it was saved in."""
+        changed = [
+            f"{name} was {state_dict[name]} and is {value}"
+            for name, value in self._sharding().items()
+            if state_dict[name] != value
+        ]
+        if changed and state_dict["batches"]:
+            raise ValueError(
+                "cannot resume in the middle of an epoch, because rows would come in another "
+                f"order: {'; '.join(changed)}. Set them as they were"
+            )
+        self.position = (state_dict["epoch"], state_dict["batches"])
+        self._epoch, self._resume = state_dict["epoch"], self.position
+
+    def _sharding(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "data.num_workers": data.num_workers,
+            "data.batch_size": data.batch_size,
+            "data.max_length": data.max_length,
+            "data.packing": data.packing,
+            "data.shuffle": data.shuffle,
+        }
+
+    def _stream(self, rows: Rows, indices: np.ndarray | None, shuffle: bool) -> RowStream:
+        assert self.schema is not None
+        stream = isinstance(rows, RowTable) is False
+        return RowStream(
+            rows,
+            indices,
+            self.encoder,
+            self.schema,
+            batch_size=self.data.batch_size,
+            packing=self.data.packing,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            max_rows=self.data.max_rows if stream else None,
+            held_out=self.data.val_share if stream else 0.0,
+            # rows asked for in their own order are not sorted by length either
+            **({} if self.data.shuffle else {"sort_window": 1}),
+        )
+
+    def _begin_epoch(self) -> int:
+        epoch = self.trainer.current_epoch if self.trainer is not None else self._epoch
+        self.report = RowReport()
+        return int(epoch)
+
+    def _take_resume(self, epoch: int) -> int:
+        resume, self._resume = self._resume, None
+        return resume[1] if resume is not None and resume[0] == epoch else 0
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+
+def peek(data: DataModule, num_batches: int) -> list[Batch]:
+    """The first training batches of the next epoch, read aside: nothing is counted or consumed."""
+    data.setup()
+    assert data._train_rows is not None
+    stream = data._stream(data._train_rows, data._train_indices, shuffle=data.data.shuffle)
+    return list(islice(stream, num_batches))

@@ -1,0 +1,144 @@
+"""Examples laid side by side in sequences, and sequences in batches."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from neo.data.prompt import IGNORE, Example
+
+# Sequences that are open at a time: more packs tighter, and looks at more of them per example.
+NUM_OPEN = 64
+# With packing off, so many batches are read and sorted by length before the first is given.
+SORT_WINDOW = 16
+# So many bad rows of each reason are kept to be shown.
+NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What was read: rows in all, of these truncated, and unusable ones by reason.
+
+    `shown` holds, for each reason, the index and the fault of the first few rows.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    shown: dict[str, tuple[tuple[int, str], ...]] = field(default_factory=dict)
+
+    def __add__(self, other: "RowReport") -> "RowReport":
+        return RowReport(
+            rows=self.rows + other.rows,
+            truncated=self.truncated + other.truncated,
+            bad=self.bad + other.bad,
+            shown={
+                reason: (self.shown.get(reason, ()) + other.shown.get(reason, ()))[:NUM_SHOWN]
+                for reason in {**self.shown, **other.shown}
+            },
+        )
+
+    @property
+    def num_bad(self) -> int:
+        """How many rows could not be used, for whatever reason."""
+        return sum(self.bad.values())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of tokens, right-padded to the longest, with a report of the rows read for them.
+
+    `position_ids` restart at 0 at every packed example, which is what keeps examples from seeing
+    each other; `targets` are aligned with `input_ids`, with `IGNORE` where nothing is supervised.
+    """
+
+    input_ids: Int64[Tensor, "batch length"]
+    position_ids: Int64[Tensor, "batch length"]
+    targets: Int64[Tensor, "batch length"]
+    report: RowReport = field(default_factory=RowReport)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with its tensors on the device."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            self.report,
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory, from which a copy to the GPU need not wait."""
+        return Batch(
+            self.input_ids.pin_memory(),
+            self.position_ids.pin_memory(),
+            self.targets.pin_memory(),
+            self.report,
+        )
+
+    @property
+    def num_supervised(self) -> int:
+        """How many positions have a target."""
+        return int((self.targets != IGNORE).sum())
+
+
+def pack(
+    examples: Iterable[Example], max_length: int, num_open: int = NUM_OPEN
+) -> Iterator[list[Example]]:
+    """Sequences of at most `max_length` tokens, each a list of whole examples.
+
+    Best fit: an example goes to the fullest open sequence that has room. With `num_open` sequences
+    open and room in none, the fullest is given out. The same examples give the same sequences.
+    """
+    bins: list[tuple[int, list[Example]]] = []
+    for example in examples:
+        length = len(example.input_ids)
+        if length > max_length:
+            raise ValueError(f"an example of {length} tokens exceeds max_length={max_length}")
+        fitting = [i for i, (used, _) in enumerate(bins) if used + length <= max_length]
+        if fitting:
+            best = max(fitting, key=lambda i: bins[i][0])
+            used, members = bins[best]
+            members.append(example)
+            bins[best] = (used + length, members)
+            if used + length == max_length:
+                yield bins.pop(best)[1]
+            continue
+        if len(bins) == num_open:
+            yield bins.pop(max(range(num_open), key=lambda i: bins[i][0]))[1]
+        bins.append((length, [example]))
+    for _, members in bins:
+        yield members
+
+
+def collate(
+    sequences: Sequence[Sequence[Example]], pad_id: int, packing: bool, report: RowReport
+) -> Batch:
+    """One batch of the sequences.
+
+    Padding is never supervised. Packed, its positions restart, so that it is a segment of its own;
+    unpacked, positions run on through it, so that nothing takes the sequence for a packed one.
+    """
+    length = max(sum(len(e.input_ids) for e in sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
+    positions = torch.arange(length).repeat(len(sequences), 1)
+    targets = torch.full((len(sequences), length), IGNORE, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        at = 0
+        for example in sequence:
+            size = len(example.input_ids)
+            ids[row, at : at + size] = torch.tensor(example.input_ids)
+            targets[row, at : at + size] = torch.tensor(example.targets)
+            if packing:
+                positions[row, at : at + size] = torch.arange(size)
+            at += size
+        if packing:
+            positions[row, at:] = torch.arange(length - at)
+    return Batch(ids, positions, targets, report)
+
+
+def empty_batch(pad_id: int, report: RowReport) -> Batch:
+    """One padding token and nothing supervised: a carrier for a report without examples."""
+    return collate([[Example([pad_id], [IGNORE])]], pad_id, False, report)

@@ -1,0 +1,192 @@
+"""The panels of a figure: bars, curves and scatter, one mark per row of the table."""
+
+import csv
+import fnmatch
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from neo.results.metrics import quantity
+from neo.results.tables import TableRow, summarize
+
+# Okabe and Ito's colours, told apart by colour-blind readers too (Okabe and Ito 2008); the order
+# puts a light one beside a dark one, so that neighbours differ in grey print as well.
+COLOURS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
+HATCHES = ("", "//", "..", "xx")
+REFERENCE_LINES = ("--", ":", "-.", (0, (5, 1)))
+
+Curve = list[tuple[float, float]]
+Styles = Mapping[str, tuple[str, str]]  # of a row's label: colour and hatch
+
+
+def read_curve(path: Path, name: str) -> Curve:
+    """Return the logged (step, value) pairs of `name` in a `metrics.csv`; none if it has none.
+
+    Raises:
+        ValueError: A logged cell is not a number.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        pairs = [(float(r["step"]), float(r[name])) for r in rows if r.get("step") and r.get(name)]
+    except ValueError as error:
+        raise ValueError(f"{path}: column {name!r}: {error}") from error
+    return [(step, value) for step, value in pairs if math.isfinite(value)]
+
+
+def draw_bars(
+    axes: Axes,
+    names: list[str],
+    own: list[TableRow],
+    references: list[TableRow],
+    styles: Styles,
+) -> None:
+    """Draw one cluster of bars per metric, a bar per row, and a line per reference row."""
+    info = quantity(names[0])[0]
+    width = 0.84 / len(own)
+    for i, row in enumerate(own):
+        colour, hatch = styles[row.spec.label]
+        shown = [summarize(row.runs, name) for name in names]
+        # A number that is missing has no bar, which differs from a bar of height 0.
+        places = [k for k, summary in enumerate(shown) if summary.mean is not None]
+        bars: BarContainer = axes.bar(
+            [k - 0.42 + width * (i + 0.5) for k in places],
+            [info.scale * (shown[k].mean or 0.0) for k in places],
+            width,
+            label=row.spec.label,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.6,
+        )
+        for bar, k in zip(bars, places, strict=True):
+            if shown[k].std is not None:
+                middle = bar.get_x() + bar.get_width() / 2
+                std = info.scale * (shown[k].std or 0.0)
+                axes.errorbar(middle, bar.get_height(), std, color="#333333", lw=1.1, capsize=1.8)
+    for row, dash in zip(references, REFERENCE_LINES * len(references), strict=False):
+        for k, name in enumerate(names):
+            mean = summarize(row.runs, name).mean
+            if mean is not None:
+                axes.hlines(
+                    info.scale * mean,
+                    k - 0.46,
+                    k + 0.46,
+                    color="black",
+                    ls=dash,
+                    lw=1.5,
+                    label="" if k else row.spec.label,  # one entry in the legend
+                )
+    axes.set_xticks(range(len(names)), [_kind_label(name) for name in names])
+    if len(names) > 6:
+        axes.tick_params(axis="x", rotation=30)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    if info.printed_unit == "%":
+        axes.set_ylim(0, 100)
+    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    for k, name in enumerate(names):
+        if name.startswith("eval/") and name.count("/") == 2:  # the whole task beside its kinds
+            axes.axvspan(k - 0.5, k + 0.5, color="#f1f1f1", zorder=-2, lw=0)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(own) + len(references),
+        frameon=False,
+        borderaxespad=0.2,
+        borderpad=0.1,
+        handlelength=1.8,
+        columnspacing=1.4,
+    )
+
+
+def draw_curves(
+    axes: Axes,
+    name: str,
+    own: list[TableRow],
+    styles: Styles,
+    curves: Mapping[str, Path],
+) -> None:
+    """Draw the mean over seeds per row, and one standard deviation around it."""
+    info = quantity(name)[0]
+    for row in own:
+        runs = row_curves(row, name, curves)
+        steps = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
+        if not steps:
+            continue
+        colour, _ = styles[row.spec.label]
+        mean = [info.scale * statistics.fmean(run[step] for run in runs) for step in steps]
+        axes.plot(steps, mean, color=colour, lw=2, label=row.spec.label)
+        if len(runs) > 1:
+            std = [info.scale * statistics.stdev(run[step] for run in runs) for step in steps]
+            low = [m - s for m, s in zip(mean, std, strict=True)]
+            high = [m + s for m, s in zip(mean, std, strict=True)]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+    axes.set_xlabel("optimizer step")
+    axes.grid(color="#dddddd", lw=0.8)
+    axes.legend(frameon=False)
+
+
+def draw_scatter(
+    axes: Axes,
+    x: str,
+    y: str,
+    rows: Sequence[TableRow],
+    styles: Styles,
+) -> None:
+    """Draw one point per row, with the standard deviations as a cross."""
+    (x_info, _), (y_info, _) = quantity(x), quantity(y)
+    for row in rows:
+        across, up = summarize(row.runs, x), summarize(row.runs, y)
+        if across.mean is None or up.mean is None:
+            continue
+        point = (x_info.scale * across.mean, y_info.scale * up.mean)
+        axes.errorbar(
+            *point,
+            xerr=x_info.scale * (across.std or 0.0),
+            yerr=y_info.scale * (up.std or 0.0),
+            label=row.spec.label,
+            fmt="D" if row.spec.reference else "o",
+            color="black" if row.spec.reference else styles[row.spec.label][0],
+            ms=7,
+            capsize=3,
+            ls="none",
+        )
+    axes.margins(0.15)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+        if axis.get_data_interval()[1] >= 10_000:
+            axis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=True, edgecolor="none")
+
+
+def row_curves(row: TableRow, name: str, curves: Mapping[str, Path]) -> list[dict[float, float]]:
+    """Return step to value for every run of the row that logged `name`."""
+    read = [dict(read_curve(curves[r.run_id], name)) for r in row.runs if r.run_id in curves]
+    return [curve for curve in read if curve]
+
+
+def expand(names: Sequence[str], rows: Sequence[TableRow]) -> list[str]:
+    """Return the metrics meant by `names`, where `/*` stands for every kind that is recorded."""
+    recorded = sorted({name for row in rows for run in row.runs for name in run.metrics})
+    expanded: list[str] = []
+    for name in names:
+        expanded += fnmatch.filter(recorded, name) if name.endswith("/*") else [name]
+    return expanded
+
+
+def _kind_label(name: str) -> str:
+    parts = name.split("/")
+    if parts[0] != "eval":
+        return name
+    return parts[3].replace("_", " ") if len(parts) > 3 else "all"

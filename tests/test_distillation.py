@@ -1,0 +1,90 @@
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+
+from neo.losses.distillation import Distillation, TokenSums
+from neo.losses.divergences import forward_kl, jsd
+
+
+def token_sums(scale, *, teacher=True):
+    def number(value):
+        return torch.tensor(float(value * scale))
+
+    return TokenSums(
+        loss=number(1).requires_grad_(),
+        ce=number(2),
+        kd=number(3) if teacher else None,
+        tokens=torch.tensor(4 * scale),
+        agree=torch.tensor(5 * scale) if teacher else None,
+        teacher_mass_out=number(6) if teacher else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kd_ratio": 1.5}, "loss.kd_ratio=1.5: must lie in [0, 1]"),
+        ({"kd_ratio": -0.1}, "loss.kd_ratio=-0.1: must lie in [0, 1]"),
+        ({"kd_ratio": math.nan}, "loss.kd_ratio=nan: must lie in [0, 1]"),
+        ({"temperature": -1.0}, "loss.temperature=-1.0: must be a finite number above 0"),
+        ({"temperature": 0.0}, "loss.temperature=0.0: must be a finite number above 0"),
+        ({"chunk_tokens": 0}, "loss.chunk_tokens=0: must be at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_place_value_and_range(wrong, message):
+    with pytest.raises(ValueError, match="loss") as error:
+        Distillation(**wrong)
+    assert str(error.value) == message
+
+
+def test_all_problems_of_a_spec_are_named_at_once():
+    with pytest.raises(ValueError, match="loss") as error:
+        Distillation(kd_ratio=2.0, temperature=0.0, chunk_tokens=0)
+    assert [line.split("=")[0] for line in str(error.value).splitlines()] == [
+        "loss.kd_ratio",
+        "loss.temperature",
+        "loss.chunk_tokens",
+    ]
+
+
+def test_a_divergence_with_a_wrong_parameter_is_refused_before_any_token_is_seen():
+    with pytest.raises(ValueError, match=r"loss\.divergence: beta=1\.5: must lie in \(0, 1\)"):
+        Distillation(divergence=functools.partial(jsd, beta=1.5))
+
+
+def test_a_divergence_with_a_misspelt_parameter_is_refused_before_any_token_is_seen():
+    with pytest.raises(ValueError, match=r"loss\.divergence: .*'bet'"):
+        Distillation(divergence=functools.partial(jsd, bet=0.5))
+
+
+def test_the_default_is_forward_kl_with_equal_weights_at_temperature_1():
+    spec = Distillation()
+    assert (spec.divergence, spec.kd_ratio, spec.temperature) == (forward_kl, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_sums_of_two_parts_are_the_sums_of_the_whole(teacher):
+    total = token_sums(1, teacher=teacher) + token_sums(10, teacher=teacher)
+    expected = token_sums(11, teacher=teacher)
+    for field in dataclasses.fields(TokenSums):
+        assert getattr(total, field.name) == getattr(expected, field.name)
+
+
+def test_what_needs_a_teacher_stays_none_without_one():
+    total = token_sums(1, teacher=False) + token_sums(2, teacher=False)
+    assert (total.kd, total.agree, total.teacher_mass_out) == (None, None, None)
+
+
+def test_sums_with_and_without_a_teacher_do_not_add_up():
+    with pytest.raises(ValueError, match="with and without a teacher"):
+        token_sums(1) + token_sums(1, teacher=False)
+
+
+def test_adding_keeps_the_gradient_of_the_loss_and_detaching_ends_it():
+    a, b = token_sums(1), token_sums(2)
+    (a + b).loss.backward()
+    assert a.loss.grad == b.loss.grad == 1
+    assert not (a + b).detach().loss.requires_grad

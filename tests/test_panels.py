@@ -1,0 +1,100 @@
+from itertools import pairwise
+
+import pytest
+from example_runs import example_run
+from matplotlib.figure import Figure
+
+from neo.results.panels import (
+    COLOURS,
+    draw_bars,
+    draw_curves,
+    draw_scatter,
+    expand,
+    read_curve,
+    row_curves,
+)
+from neo.results.table_spec import RowSpec
+from neo.results.tables import TableRow
+
+TASK = "eval/mini/exact_match"
+STYLES = {"neo": (COLOURS[0], ""), "sft": (COLOURS[1], "")}
+
+
+def row(method, *metrics, **changes):
+    spec = RowSpec(label=method, where={"method": [method]})
+    return TableRow(
+        spec, [example_run(method, i, metrics=m, **changes) for i, m in enumerate(metrics)]
+    )
+
+
+@pytest.fixture
+def axes():
+    return Figure().subplots()
+
+
+def test_bars_are_as_high_as_the_means_in_percent(axes):
+    rows = [row("neo", {TASK: 0.2}, {TASK: 0.4}), row("sft", {TASK: 0.5})]
+    draw_bars(axes, [TASK], rows, [], STYLES)
+    assert [bar.get_height() for bar in axes.patches[:2]] == pytest.approx([30.0, 50.0])
+    assert axes.get_ylim() == (0, 100)
+
+
+def test_a_missing_number_has_no_bar_and_zero_has_one(axes):
+    names = [f"{TASK}/dates", f"{TASK}/logic"]
+    draw_bars(axes, names, [row("neo", {names[0]: 0.0})], [], STYLES)
+    assert [bar.get_height() for bar in axes.patches] == [0.0]
+
+
+def test_bars_do_not_overlap(axes):
+    names = [f"{TASK}/{kind}" for kind in "abc"]
+    rows = [row(label, dict.fromkeys(names, 0.5)) for label in STYLES]
+    draw_bars(axes, names, rows, [], STYLES)
+    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(spans))
+
+
+def test_the_legend_names_every_row_once_references_too(axes):
+    names = [TASK, f"{TASK}/dates"]
+    metrics = dict.fromkeys(names, 0.5)
+    draw_bars(
+        axes, names, [row("neo", metrics), row("sft", metrics)], [row("teacher", metrics)], STYLES
+    )
+    assert sorted(t.get_text() for t in axes.get_legend().get_texts()) == ["neo", "sft", "teacher"]
+
+
+def test_a_star_stands_for_every_recorded_kind_and_for_nothing_else():
+    rows = [row("neo", {f"{TASK}/b": 1.0, "eval/mini/acc/c": 1.0}, {f"{TASK}/a": 1.0, TASK: 1.0})]
+    assert expand([TASK, f"{TASK}/*"], rows) == [TASK, f"{TASK}/a", f"{TASK}/b"]
+
+
+def test_a_curve_holds_the_logged_steps_only(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,val/kd\n0,1,\n0,2,0.5\n0,3,nan\n0,4,0.25\n")
+    assert read_curve(path, "val/kd") == [(2.0, 0.5), (4.0, 0.25)]
+    assert read_curve(path, "val/ce") == []
+
+
+def test_a_log_with_a_word_for_a_number_is_refused_naming_file_and_column(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,val/kd\n1,low\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv: column 'val/kd'.*low"):
+        read_curve(path, "val/kd")
+
+
+def test_curves_show_the_mean_over_seeds_where_all_seeds_have_a_value(axes, tmp_path):
+    logs = {}
+    for run_id, lines in {"neo0": "1,1.0\n2,2.0\n3,9.0", "neo1": "1,3.0\n2,4.0"}.items():
+        logs[run_id] = tmp_path / run_id
+        logs[run_id].write_text(f"step,val/kd\n{lines}\n")
+    neo = row("neo", {}, {})
+    assert len(row_curves(neo, "val/kd", logs)) == 2
+    draw_curves(axes, "val/kd", [neo], STYLES, logs)
+    (line,) = axes.get_lines()
+    assert line.get_xydata().tolist() == [[1.0, 2.0], [2.0, 3.0]]
+
+
+def test_a_scatter_point_stands_at_both_means(axes):
+    rows = [row("neo", {TASK: 0.25}, {TASK: 0.75}, seconds=10.0), row("sft", {}, seconds=1.0)]
+    draw_scatter(axes, "seconds", TASK, rows, STYLES)
+    points = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
+    assert points == [[[10.0, 50.0]]]

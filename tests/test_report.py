@@ -1,0 +1,139 @@
+import pytest
+from example_runs import example_run
+
+from neo.report import main, report
+from neo.results.records import write_record
+
+TABLE = """
+title: Four methods
+command: make demo
+rows:
+  - {label: SFT, where: {method: sft}}
+  - {label: Neo, where: {method: neo}}
+columns:
+  - {metric: eval/mini/exact_match, label: exact match}
+figures:
+  - {kind: bars, x: eval/mini/exact_match}
+  - {kind: curves, y: val/kd}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments" / "mini"
+    folder.mkdir(parents=True)
+    (folder / "table.yaml").write_text(TABLE)
+    for method, score in (("sft", 0.25), ("neo", 0.75)):
+        for seed in range(2):
+            run_dir = tmp_path / "runs" / "mini" / f"{method}{seed}"
+            write_record(
+                example_run(method, seed, metrics={"eval/mini/exact_match": score}), run_dir
+            )
+            (run_dir / "metrics.csv").write_text("step,val/kd\n1,0.5\n2,0.25\n")
+    return tmp_path
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_records_and_logs_of_the_runs_are_collected_and_rendered(place):
+    assert main(["mini", "runs=runs"]) == 0
+    found = files(place / "experiments" / "mini")
+    names = [f"results/{m}-{s}-{m}{s}" for m in ("sft", "neo") for s in range(2)]
+    expected = {"table.yaml", "table.md", "table.csv", "figure.png"}
+    assert set(found) == expected | {f"{n}.{end}" for n in names for end in ("json", "csv")}
+    assert "| Neo | 2 | **75.0** |" in found["table.md"].decode()
+    assert found["figure.png"].startswith(b"\x89PNG")
+
+
+def test_rendering_again_changes_no_byte(place):
+    main(["mini", "runs=runs"])
+    first = files(place)
+    assert main(["mini", "runs=runs"]) == 0
+    assert main(["mini"]) == 0
+    assert files(place) == first
+
+
+def test_a_recorded_run_is_never_edited(place, capsys):
+    main(["mini", "runs=runs"])
+    kept = files(place / "experiments")
+    write_record(
+        example_run("neo", 1, metrics={"eval/mini/exact_match": 1.0}), place / "runs/mini/neo1"
+    )
+    assert main(["mini", "runs=runs"]) == 2
+    assert "run neo1 is recorded with other content" in capsys.readouterr().err
+    assert files(place / "experiments") == kept
+
+
+def test_out_renders_the_runs_alone_and_touches_nothing_of_the_experiment(place):
+    before = files(place / "experiments")
+    assert main(["mini", "runs=runs", "out=mine"]) == 0
+    assert files(place / "experiments") == before
+    assert set(files(place / "mine")) == {"table.md", "table.csv", "figure.png"}
+
+
+def test_the_printed_table_shows_every_row_and_what_is_not_in_it(place, capsys):
+    write_record(example_run("kd", 0), place / "runs/mini/kd0")
+    write_record(example_run("neo", 5, status="oom", error="too big"), place / "runs/mini/neo5")
+    assert main(["mini", "runs=runs"]) == 0
+    printed = capsys.readouterr().out
+    assert "75.0" in printed
+    assert "not finished: Neo, seed 5, neo5: oom" in printed
+    assert "matches no row: kd0" in printed
+    assert "**" not in printed
+
+
+def test_a_figure_that_nothing_is_left_for_is_removed(place):
+    main(["mini", "runs=runs", "out=mine"])
+    for path in (place / "runs").rglob("record.json"):
+        write_record(example_run(path.parent.name[:-1], int(path.parent.name[-1])), path.parent)
+        (path.parent / "metrics.csv").unlink()
+    main(["mini", "runs=runs", "out=mine"])
+    assert set(files(place / "mine")) == {"table.md", "table.csv"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["mini2"],
+            "no experiment 'mini2' in experiments (a folder with table.yaml); there are: mini",
+        ),
+        (["mini", "experiments=nowhere"], "there is none"),
+        (["mini", "run=runs"], "'run=runs'; legal: runs=DIR, experiments=DIR, out=DIR"),
+        (["mini", "runs="], "legal: runs=DIR"),
+        (["mini", "other"], "one experiment's name is needed, got 2"),
+        (["runs=runs"], "one experiment's name is needed, got 0"),
+        (["mini", "runs=elsewhere"], "there is no folder elsewhere/mini"),
+        (["mini", "out=mine"], "out= needs runs="),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_says_what_is_legal(place, capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_broken_record_is_named(place, capsys):
+    (place / "runs/mini/neo0/record.json").write_text("{}")
+    assert main(["mini", "runs=runs"]) == 2
+    assert "runs/mini/neo0/record.json: key 'schema_version' is missing" in capsys.readouterr().err
+
+
+def test_a_record_of_another_experiment_is_refused(place):
+    write_record(example_run("neo", 0, experiment_name="other"), place / "runs/mini/neo0")
+    with pytest.raises(ValueError, match="belongs to experiment 'other', not 'mini'"):
+        report("mini", runs=place / "runs")
+
+
+def test_help_is_printed_with_status_0_and_without_arguments_with_2(capsys):
+    assert main(["--help"]) == 0
+    assert main([]) == 2
+    assert capsys.readouterr().out.count("experiments=DIR") >= 2
