@@ -95,7 +95,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("auto_precision", _auto_precision, replace=True)
 
 
-def _mul(a: float, b: float) -> float:
+def _mul(a: int | float, b: int | float) -> int | float:
     """A product as one would write it down: 2e-5 * 10 is 0.0002, not 0.00020000000000000001."""
     return a * b if isinstance(a, int) and isinstance(b, int) else float(f"{a * b:.12g}")
 
@@ -132,6 +132,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError([_one_line(error)]) from error
     assert isinstance(plain, dict)
+    for _, node in _targets(plain):
+        _widen(typing.cast(dict[str, Any], node))
     return typing.cast(dict[str, Any], plain)
 
 
@@ -248,10 +250,7 @@ def _bind(path: str, node: Mapping[str, Any]) -> Iterator[str]:
     if passed_on := getattr(found, "passes_keys_to", None):
         known |= inspect.signature(passed_on).parameters
         takes_any = False
-    try:
-        hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
-    except (NameError, TypeError):
-        hints = {}
+    hints = _hints(found)
     for key, value in keys.items():
         if key not in known and not takes_any:
             legal = ", ".join(sorted(k for k in known if k not in ("self", "args", "kwargs")))
@@ -273,6 +272,27 @@ def _build(key: str, node: Mapping[str, Any]) -> Iterator[str]:
         for line in str(cause).splitlines():
             text = line.strip()
             yield text if text.startswith(f"{key}.") else f"{key}: {text}"
+
+
+def _widen(node: dict[str, Any]) -> None:
+    """Makes whole numbers floats where the target asks for a float, so that 0 and 0.0 are one run."""
+    try:
+        found = _locate(node["_target_"])
+    except ValueError:
+        return  # `validate` will say so
+    for key, hint in _hints(found).items():
+        value = node.get(key)
+        options = {hint, *typing.get_args(hint)}
+        if type(value) is int and float in options and int not in options:
+            node[key] = float(value)
+
+
+def _hints(found: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of what a class or function takes; none where they cannot be read."""
+    try:
+        return typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+    except (NameError, TypeError):
+        return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -214,8 +214,9 @@ class Run:
             loggers.append(logger)
         # Not built from the node alone: these keys are what the callbacks and the data rely on.
         keys = {k: v for k, v in config["trainer"].items() if k != "_target_"}
+        no_val = {} if self.data.num_val_rows else {"limit_val_batches": 0}
         return L.Trainer(
-            **keys | {"enable_progress_bar": False},
+            **keys | {"enable_progress_bar": False} | no_val,
             callbacks=callbacks,
             logger=loggers,
             enable_model_summary=False,

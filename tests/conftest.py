@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from lab import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -62,3 +63,13 @@ def metaspace_tokenizer(template: str | None):
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return byte_level_tokenizer(CHATML)
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("models") / "student", hidden=32, seed=1)
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("models") / "teacher", hidden=48, seed=2)

@@ -33,7 +33,7 @@ def random_logits(seed, tokens, vocab, spread, *, dtype=torch.float64):
 @each_divergence
 @each_temperature
 @given(shape=logit_rows)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_divergence_is_zero_between_equals(divergence, temperature, shape):
     student, _ = random_logits(*shape)
     torch.testing.assert_close(
@@ -45,7 +45,7 @@ def test_a_divergence_is_zero_between_equals(divergence, temperature, shape):
 @each_divergence
 @each_temperature
 @given(shape=logit_rows)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_divergence_is_never_negative(divergence, temperature, shape):
     student, teacher = random_logits(*shape)
     values = divergence(student, teacher, temperature=temperature)
@@ -63,7 +63,7 @@ def test_a_divergence_tells_unequal_models_apart(divergence, temperature):
 @each_divergence
 @each_temperature
 @given(shape=logit_rows, a=st.floats(-50, 50), b=st.floats(-50, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_divergence_is_blind_to_constants_added_to_logits(divergence, temperature, shape, a, b):
     student, teacher = random_logits(*shape)
     torch.testing.assert_close(
@@ -131,7 +131,7 @@ def test_logits_of_80_give_finite_values_and_gradients(divergence, temperature):
     (gradient,) = torch.autograd.grad(values.sum(), student)
     assert values.isfinite().all()
     assert gradient.isfinite().all()
-    assert values[0] > 0.1
+    assert values[0] > 0.01
     assert values[1] == 0
 
 

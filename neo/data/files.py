@@ -12,8 +12,9 @@ import json
 import lzma
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
+from io import TextIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zstandard
 from datasets import Dataset, load_dataset
@@ -146,7 +147,7 @@ def _texts(files: Sequence[Path]) -> Iterator[str]:
             ) from error
 
 
-def _json_rows(lines: IO[str], file: Path) -> Iterator[tuple[int, str]]:
+def _json_rows(lines: TextIOBase, file: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if not text:
@@ -191,7 +192,7 @@ def _json_list(text: str, file: Path) -> Iterator[tuple[int, str]]:
         yield 0, json.dumps(row)
 
 
-def _table_rows(lines: IO[str], delimiter: str, file: Path) -> Iterator[tuple[int, str]]:
+def _table_rows(lines: TextIOBase, delimiter: str, file: Path) -> Iterator[tuple[int, str]]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     csv.field_size_limit(2**31 - 1)  # answers may be long; the default is 128 KiB
     try:

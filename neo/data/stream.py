@@ -89,10 +89,10 @@ class HubRows:
         except Exception as error:
             data = self.data
             subset = f", subset {data.name!r}" if data.name else ""
-            cause = error.__cause__ or error.__context__ or error
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise ValueError(
                 f"data.path={data.path!r}: the hub's data set{subset}, split {data.split!r} cannot "
-                f"be read: {type(error).__name__}: {error} ({type(cause).__name__}: {cause}). Is "
-                "there a network, is the name right, and does it need `hf auth login`? For local "
-                "files use data=jsonl"
+                f"be read: {type(error).__name__}: {error}{cause}. Is there a "
+                "network, is the name right, and does it need `hf auth login`? For local files "
+                "use data=jsonl"
             ) from error

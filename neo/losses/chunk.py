@@ -116,18 +116,19 @@ def _divergence(
     `q` is the student's softmax at temperature 1, which closed forms may use and must not change.
     """
     function: Divergence = spec.divergence
+    temperature = float(spec.temperature)
     keywords: dict[str, Any] = {}
     if isinstance(function, functools.partial) and not function.args:
         keywords = function.keywords
         function = function.func
     closed_form = CLOSED_FORMS.get(function)
     if closed_form is not None:
-        return closed_form(s, t, q, temperature=spec.temperature, gradient=gradient, **keywords)
+        return closed_form(s, t, q, temperature=temperature, gradient=gradient, **keywords)
     if not gradient:
-        return spec.divergence(s, t, temperature=spec.temperature), None
+        return spec.divergence(s, t, temperature=temperature), None
     with torch.enable_grad():
         leaf = s.detach().requires_grad_()
-        kd = spec.divergence(leaf, t, temperature=spec.temperature)
+        kd = spec.divergence(leaf, t, temperature=temperature)
         return kd.detach(), torch.autograd.grad(kd.sum(), leaf)[0]
 
 

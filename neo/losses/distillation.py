@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -25,8 +26,8 @@ class Distillation:
     """
 
     divergence: Divergence = forward_kl
-    kd_ratio: float = 0.5
-    temperature: float = 1.0
+    kd_ratio: float | int = 0.5
+    temperature: float | int = 1.0
     chunk_tokens: int = 256
 
     def __post_init__(self) -> None:
@@ -36,6 +37,12 @@ class Distillation:
                 f"loss.divergence={self.divergence!r}: must be a function of two logits, such as "
                 "neo.losses.divergences.forward_kl with _partial_: true"
             )
+        else:
+            # A partial hides misspelt and impossible keywords until it is called.
+            try:
+                self.divergence(torch.zeros(1, 2), torch.zeros(1, 2), temperature=1.0)
+            except (TypeError, ValueError) as error:
+                problems.append(f"loss.divergence: {error}")
         if not 0 <= self.kd_ratio <= 1:
             problems.append(f"loss.kd_ratio={self.kd_ratio}: must lie in [0, 1]")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):

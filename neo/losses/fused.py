@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from neo.losses.chunk import ChunkSums, differentiate_chunk
 from neo.losses.distillation import Distillation, TokenSums
@@ -242,8 +241,12 @@ class _FusedSums(torch.autograd.Function):
         return (loss, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the fused loss has no second derivative: its gradient is made in the forward "
+                "pass; differentiate neo.losses.divergences twice instead"
+            )
         factor = incoming[0]
         # Looking at the value would make a GPU wait for it; there the product is cheaper.
         unscaled = factor.device.type == "cpu" and factor.item() == 1

@@ -1,0 +1,50 @@
+"""Whole runs for tests: composed like a user's, trained in this process, small."""
+
+from pathlib import Path
+from typing import Any
+
+
+from lab import compose_raw
+
+from neo.results.records import RunRecord
+from neo.train import train
+
+ROWS = Path(__file__).parent / "rows"
+
+
+def fit(student: Path, teacher: Path | None, folder: Path, *overrides: str) -> RunRecord:
+    """Trains into `folder`; rows are those of messages.jsonl unless `overrides` say otherwise."""
+    record = train(
+        compose_raw(
+            "data=jsonl",
+            f"data.path={ROWS / 'messages.jsonl'}",
+            "data.max_length=128",
+            "data.val_share=0",
+            *([] if {"method=sft", "method=kd"} & set(overrides) else ["lora.r=4"]),
+            "trainer=cpu",
+            "trainer.enable_progress_bar=false",
+            "trainer.log_every_n_steps=1",
+            f"student.path={student}",
+            f"teacher.path={teacher if teacher else 'null'}",
+            f"run_dir={folder}",
+            *overrides,
+        )
+    )
+    assert record is not None
+    return record
+
+
+def history(folder: Path, name: str) -> list[float]:
+    """The logged values of one metric, in order."""
+    import csv
+
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """The weights a run wrote."""
+    from safetensors.torch import load_file
+
+    name = "adapter/adapter_model" if (folder / "adapter").exists() else "model/model"
+    return load_file(folder / f"{name}.safetensors")
