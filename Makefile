@@ -1,5 +1,7 @@
 # Every target sets up what it needs; `make help` lists them.
 PYTHON ?= python3
+# The mini-lab is so small that threads cost more than they bring.
+SMALL := OMP_NUM_THREADS=1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -21,14 +23,14 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY) ## the main job: sft, lora, kd and neo over three seeds, then table and figure
-	$(BIN)/python -m neo.train experiment=mini
-	$(BIN)/python -m neo.report mini runs=runs/mini replace=true
+	$(SMALL) $(BIN)/python -m neo.train experiment=mini
+	$(BIN)/python -m neo.report mini runs=runs out=experiments/mini
 
 test: $(READY) ## the tests
-	$(BIN)/pytest
+	$(SMALL) $(BIN)/pytest
 
 test-all: $(READY) ## the tests, slow ones too
-	$(BIN)/pytest -m 'not gpu or gpu'
+	$(SMALL) $(BIN)/pytest -m 'not gpu or gpu'
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -39,9 +41,11 @@ bench: $(READY) ## speed and memory of one training step against the plain way
 	$(BIN)/python benchmarks/step.py
 
 mini-models: $(READY) ## build the shipped mini teacher and student from nothing
-	$(BIN)/python -m neo.data.mini_tokenizer build/mini
-	$(BIN)/python -m neo.train experiment=mini_teacher
-	$(BIN)/python -m neo.train experiment=mini_student
+	$(BIN)/python -m neo.mini build/mini
+	$(SMALL) $(BIN)/python -m neo.train experiment=mini_teacher
+	$(SMALL) $(BIN)/python -m neo.train experiment=mini_student
+	$(BIN)/python -m neo.export run=runs/mini/teacher out=neo/models/mini/teacher overwrite=true
+	$(BIN)/python -m neo.export run=runs/mini/student out=neo/models/mini/student overwrite=true
 
 table-%: $(READY) ## render experiments/%/table.md and its figures from its records
 	$(BIN)/python -m neo.report $*

@@ -1,5 +1,7 @@
 """The root of every run's configuration: its schema, its validation, its identity."""
 
+import dataclasses
+import difflib
 import hashlib
 import importlib
 import inspect
@@ -7,7 +9,8 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +22,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parent
 
-# A config may name only these as `_target_`. What a name resolves to is checked as well, so that
-# `neo.config.json.loads` does not pass for one of ours.
-TARGETS = (
-    "neo.data.",
-    "neo.losses.",
-    "neo.models.",
-    "neo.teachers.",
-    "neo.training.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.profilers.",
-    "lightning.pytorch.strategies.",
-    "lightning.pytorch.trainer.",
-)
+# What each group is built from, so that a student is not made of an optimizer's config.
+HOMES = {
+    "student": "neo.models.causal_lm.",
+    "teacher": "neo.teachers.",
+    "lora": "neo.models.variants.",
+    "loss": "neo.losses.distillation.",
+    "data": "neo.data.",
+    "optim": "neo.training.optim.",
+    "trainer": "lightning.pytorch.trainer.",
+    "logger": "neo.training.loggers.",
+}
+# A config may name nothing else as `_target_`. What a name resolves to is checked as well, so that
+# `neo.data.files.load_dataset` does not pass for one of ours.
+TARGETS = (*HOMES.values(), "neo.losses.divergences.")
+SPECS = ("student", "teacher", "lora", "loss", "data", "optim")
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 # Keys that say where and how loudly a run ran; a run on another device is the same run.
 WHERE_IT_RAN = (
@@ -95,8 +100,10 @@ def register() -> None:
     OmegaConf.register_new_resolver("auto_precision", _auto_precision, replace=True)
 
 
-def _mul(a: int | float, b: int | float) -> int | float:
+def _mul(a: Any, b: Any) -> int | float:
     """A product as one would write it down: 2e-5 * 10 is 0.0002, not 0.00020000000000000001."""
+    if not all(isinstance(x, int | float) for x in (a, b)):
+        raise ValueError(f"{a!r} times {b!r}: both must be numbers")
     return a * b if isinstance(a, int) and isinstance(b, int) else float(f"{a * b:.12g}")
 
 
@@ -109,10 +116,10 @@ def _auto_precision(accelerator: str) -> str:
 
 
 def open_groups(arguments: list[str]) -> list[str]:
-    """Command-line arguments that let a group take any key of its target, not only those its file has.
+    """Arguments that let a group take any key of its target, not only those its file has.
 
     Hydra refuses `student.dtype=bfloat16` where `conf/student/mini.yaml` does not mention dtype,
-    unless it is typed with `++`. A misspelt key is refused by `validate`, which lists the legal ones.
+    unless it is typed with `++`. A misspelt key is refused by `validate`, with the legal ones.
 
     Example:
         >>> open_groups(["-m", "lora=lora", "lora.use_rslora=true", "seed=0,1"])
@@ -128,6 +135,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         ConfigError: An interpolation points nowhere, or a mandatory value (`???`) is missing.
     """
     try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError([f"{k}: missing; it has no default, so give one" for k in missing])
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError([_one_line(error)]) from error
@@ -155,56 +164,37 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 
 def validate(config: Mapping[str, Any]) -> None:
-    """Checks everything that can be checked without reading a model or a row.
-
-    Every `_target_` is looked up among those allowed, its keys are bound to its signature
-    (partials too), and the specs are built, which checks their ranges.
+    """Checks each group by itself, as far as that needs no model and no row.
 
     Raises:
         ConfigError: With all problems.
     """
-    problems = [p for path, node in _targets(config) for p in _bind(path, node)]
-    if not problems:
-        problems = [p for key in ("student", "teacher", "lora", "loss", "data", "optim")
-                    for p in _build(key, config[key])]  # fmt: skip
-    problems += _consistency(config)
-    if problems:
+    if problems := list(group_problems(config)):
         raise ConfigError(problems)
+
+
+def group_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the groups, each taken by itself.
+
+    Every `_target_` is looked up among those allowed, its keys are bound to its signature
+    (partials too), and the specs are built, which checks their ranges.
+    """
+    for key in sorted(config.keys() - {field.name for field in dataclasses.fields(RunConfig)}):
+        yield f"{key}: no such group or key"  # added with + or ++, which opens even a typed root
+    for key, home in HOMES.items():
+        node = config[key]
+        target = node.get("_target_") if isinstance(node, Mapping) else None
+        problems = [p for path, child in _targets(node, key) for p in _bind(path, child)]
+        if not problems and not str(target).startswith(home):
+            problems = [f"{key}._target_={target!r}: must be one of {home}"]
+        elif not problems and key in SPECS:
+            problems = list(_build(key, node))
+        yield from problems
 
 
 def build(node: Mapping[str, Any]) -> Any:
     """The object that a validated node describes."""
     return instantiate(dict(node), _convert_="all")
-
-
-def _consistency(config: Mapping[str, Any]) -> Iterator[str]:
-    """What the paper's four methods mean, against what was asked for."""
-    method = config["method"]
-    name, loss = method.get("name"), config["loss"]
-    if name not in ("sft", "lora", "kd", "neo"):
-        yield f"method.name={name!r}: must be one of sft, lora, kd, neo"
-        return
-    branch = config["lora"].get("_target_") != "neo.models.variants.none"
-    if name in ("sft", "kd") and branch:
-        yield f"lora: method={name} trains all weights; use lora=none, or method=lora or neo"
-    if name in ("lora", "neo") and not branch:
-        yield f"lora: method={name} trains a LoRA branch, lora=none trains all weights; choose a variant, or method=sft or kd"  # noqa: E501
-    kd_ratio = loss.get("kd_ratio")
-    if isinstance(kd_ratio, int | float):
-        if name in ("sft", "lora") and kd_ratio != 0:
-            yield f"loss.kd_ratio={kd_ratio}: method={name} has no teacher in its loss; use 0, or method=kd or neo"  # noqa: E501
-        if kd_ratio > 0 and not config["teacher"].get("path"):
-            yield f"teacher.path=null: loss.kd_ratio={kd_ratio} needs a teacher; set teacher.path or loss.kd_ratio=0"  # noqa: E501
-    if config["eval_split"] not in (None, "val", "test"):
-        yield f"eval_split={config['eval_split']!r}: must be null, val or test"
-    elif config["eval_split"] and config["data"].get("_target_") != "neo.data.mini_data.MiniData":
-        yield f"eval_split={config['eval_split']!r}: only data=mini has rows with exact answers"
-    if config["checkpoint_every_n_steps"] < 1:
-        yield f"checkpoint_every_n_steps={config['checkpoint_every_n_steps']}: must be at least 1"
-    if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", config["experiment_name"]):
-        yield f"experiment_name={config['experiment_name']!r}: must be a name, it becomes a folder"
-    if not 0 <= config["seed"] < 2**32:
-        yield f"seed={config['seed']}: must lie in [0, 2**32)"
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -222,7 +212,9 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]
 def _locate(target: Any) -> Callable[..., Any]:
     """The class or function a `_target_` names, if it is one that a config may name."""
     if not isinstance(target, str) or not target.startswith(TARGETS):
-        raise ValueError(f"_target_={target!r} is not allowed; it must begin with {', '.join(TARGETS)}")
+        raise ValueError(
+            f"_target_={target!r} is not allowed; it must begin with {', '.join(TARGETS)}"
+        )
     module_name, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
@@ -242,7 +234,7 @@ def _bind(path: str, node: Mapping[str, Any]) -> Iterator[str]:
         return
     signature = inspect.signature(found)
     partial = bool(node.get("_partial_"))
-    keys = {k: v for k, v in node.items() if not (k.startswith("_") and k.endswith("_"))}
+    keys = {k: v for k, v in node.items() if k not in HYDRA_KEYS}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     # A function such as `neo.models.variants.lora` passes its keys on; it names the signature
     # they must fit in `__wrapped_signature__`.
@@ -252,9 +244,15 @@ def _bind(path: str, node: Mapping[str, Any]) -> Iterator[str]:
         takes_any = False
     hints = _hints(found)
     for key, value in keys.items():
-        if key not in known and not takes_any:
-            legal = ", ".join(sorted(k for k in known if k not in ("self", "args", "kwargs")))
-            yield f"{path}.{key}: not a key of {node['_target_']}; it takes {legal}"
+        if key not in known and (not takes_any or key.startswith("_")):
+            legal = sorted(
+                k
+                for k, p in known.items()
+                if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+                and not (partial and p.default is p.empty)  # given later
+            )
+            guess, takes = meant(key, legal), ", ".join(legal)
+            yield f"{path}.{key}: not a key of {node['_target_']}{guess}; it takes {takes}"
         elif key in hints and not _fits(value, hints[key]):
             yield f"{path}.{key}={value!r}: must be {_spell(hints[key])}"
     for key, parameter in signature.parameters.items():
@@ -271,11 +269,13 @@ def _build(key: str, node: Mapping[str, Any]) -> Iterator[str]:
         cause = error.__cause__ if error.__cause__ is not None else error
         for line in str(cause).splitlines():
             text = line.strip()
-            yield text if text.startswith(f"{key}.") else f"{key}: {text}"
+            if not text.startswith(f"{key}."):
+                text = f"{key}.{text}" if re.match(r"\w+=", text) else f"{key}: {text}"
+            yield text
 
 
 def _widen(node: dict[str, Any]) -> None:
-    """Makes whole numbers floats where the target asks for a float, so that 0 and 0.0 are one run."""
+    """Makes whole numbers floats where a float is asked for, so that 0 and 0.0 are one run."""
     try:
         found = _locate(node["_target_"])
     except ValueError:
@@ -283,16 +283,20 @@ def _widen(node: dict[str, Any]) -> None:
     for key, hint in _hints(found).items():
         value = node.get(key)
         options = {hint, *typing.get_args(hint)}
-        if type(value) is int and float in options and int not in options:
+        # in Lightning `int | float` means two things: 1 batch, 1.0 of all; never so in ours
+        widens = float in options and (int not in options or node["_target_"].startswith("neo."))
+        if type(value) is int and widens:
             node[key] = float(value)
 
 
 def _hints(found: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of what a class or function takes; none where they cannot be read."""
-    try:
-        return typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
-    except (NameError, TypeError):
-        return {}
+    hints: dict[str, Any] = {}
+    for taker in (getattr(found, "passes_keys_to", None), found):
+        with suppress(NameError, TypeError):
+            plain = inspect.isclass(taker) and not dataclasses.is_dataclass(taker)
+            hints |= typing.get_type_hints(taker.__init__ if plain else taker)  # type: ignore[misc]
+    return hints
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -301,7 +305,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
     if origin is typing.Literal:
-        return value in args
+        # PEFT spells one of its values 'pissa_niter_[number of iters]'
+        open_ended = tuple(arg.split("[")[0] for arg in args if "[" in str(arg))
+        return value in args or (isinstance(value, str) and value.startswith(open_ended))
     if hint is type(None):
         return value is None
     if hint is float:
@@ -317,8 +323,24 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+SPELT = {int: "an integer", float: "a number", str: "a text", bool: "true or false",
+         type(None): "null", list: "a list", dict: "a mapping"}  # fmt: skip
+
+
 def _spell(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    """An annotation in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(arg) for arg in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    return str(SPELT.get(origin or hint) or getattr(hint, "__name__", hint))
+
+
+def meant(word: str, legal: Collection[str]) -> str:
+    """A guess at what was meant, or nothing."""
+    close = difflib.get_close_matches(word, legal, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -42,13 +42,18 @@ def main() -> None:
         console.print(__doc__, markup=False)
         return
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_cli(sys.argv[1:]))
+        typed = OmegaConf.merge(
+            OmegaConf.structured(ExportConfig), OmegaConf.from_cli(sys.argv[1:])
+        )
         wanted = OmegaConf.to_object(typed)
         assert isinstance(wanted, ExportConfig)
-        written = export(Path(wanted.run), Path(wanted.out), merge=wanted.merge, overwrite=wanted.overwrite)
+        written = export(
+            Path(wanted.run), Path(wanted.out), merge=wanted.merge, overwrite=wanted.overwrite
+        )
     except (OmegaConfBaseException, ValueError) as error:
-        console.print(f"{str(error).splitlines()[0]}\n{__doc__}" if isinstance(error, OmegaConfBaseException)
-                      else str(error), markup=False)  # fmt: skip
+        usage = isinstance(error, OmegaConfBaseException)
+        text = f"{str(error).splitlines()[0]}\n{__doc__}" if usage else str(error)
+        console.print(text, markup=False)
         sys.exit(2)
     console.print(f"wrote {written} to {wanted.out}", markup=False)
 
@@ -104,7 +109,9 @@ def _name_base(adapter: Path, student: CausalLM) -> None:
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())
     folder = Path(student.location)
-    config["base_model_name_or_path"] = str(folder.resolve()) if folder.is_dir() else student.location
+    config["base_model_name_or_path"] = (
+        str(folder.resolve()) if folder.is_dir() else student.location
+    )
     config["revision"] = student.revision
     file.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -21,8 +21,8 @@ experiments/NAME/table.yaml asks for, and prints the table.
   runs=DIR         first copy the records under DIR/NAME into experiments/NAME/results;
                    one that is recorded there is never changed
   experiments=DIR  where the experiments lie (default: experiments)
-  out=DIR          with runs=: render the records under DIR/NAME alone, into out, and leave the
-                   experiment's own files as they are
+  out=DIR          with runs=: copy nothing; render into out, with each record under DIR/NAME in
+                   the place of the recorded run of the same id
 
 Exit status: 0 rendered, 2 something is wrong with what was asked for or with a record.
 """
@@ -71,12 +71,11 @@ def report(
         raise ValueError(f"runs={runs}: there is no folder {runs / name}")
     if runs is not None and out is None:
         collect(runs / name, folder / "results", name, spec)
-    source = runs / name if runs is not None and out is not None else folder
-    records = {path: read_record(path) for path in find_records(source)}
-    table = build_table(spec, records.values())
-    curves = {
-        record.run_id: log for path, record in records.items() if (log := _log(path)).is_file()
-    }
+    sources = [folder] if runs is None or out is None else [folder, runs / name]
+    found = [(path, read_record(path)) for source in sources for path in find_records(source)]
+    latest = {record.run_id: (path, record) for path, record in found}
+    table = build_table(spec, [record for _, record in latest.values()])
+    curves = {run_id: log for run_id, (path, _) in latest.items() if (log := _log(path)).is_file()}
     _write(table, curves, folder if out is None else out)
     _print(table)
     return table

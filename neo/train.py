@@ -5,35 +5,65 @@ Usage: python -m neo.train [group=choice ...] [key=value ...]; `--help` explains
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from neo.config import ConfigError, build, conf_dir, open_groups, register, resolve, run_id, validate
+from neo.config import (
+    GROUPS,
+    SPECS,
+    ConfigError,
+    RunConfig,
+    build,
+    conf_dir,
+    meant,
+    open_groups,
+    register,
+    resolve,
+    run_id,
+)
 from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
 from neo.models.student import inner, save_student
-from neo.results.records import RunRecord, finite, provenance, read_record, write_record
-from neo.training.callbacks import DivergedError, PeakMemory, ProgressBar, StopOnNaN, Throughput
+from neo.results.records import RunRecord, finite, provenance, write_record
+from neo.training.callbacks import (
+    Checkpoints,
+    DivergedError,
+    PeakMemory,
+    ProgressBar,
+    StopOnNaN,
+    Throughput,
+)
+from neo.training.consistency import check_config
 from neo.training.exact_match import exact_match
 from neo.training.loggers import MetricsFile
-from neo.training.meet import Meeting, meet
+from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule
+from neo.training.run_folder import recorded_run
 from neo.training.summary import print_plan, print_result
+from neo.training.trainer import build_trainer
+
+# What a user's config, and what a user's data, models or machine may raise.
+REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
+FAILED = (ValueError, DivergedError, MisconfigurationException, torch.OutOfMemoryError)
+CHOICES = "teacher=none, lora=none or logger=csv"
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -46,17 +76,44 @@ def main() -> None:
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     try:
         entry(_job)()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        lines = [str(error), *([str(error.__cause__)] if error.__cause__ is not None else [])]
-        console.print("\n".join(dict.fromkeys(lines)), markup=False)
-        sys.exit(2)
-    except ValueError as error:  # of the user's data or models, found while training
-        console.print(str(error), markup=False)
-        sys.exit(1)
+    except REFUSED as error:  # before the job began, or by a job of a sweep
+        _leave(error, 2)
+    except FAILED as error:
+        _leave(error, 1 if HydraConfig.initialized() else 2)
 
 
 def _job(composed: DictConfig) -> None:
-    train(composed)
+    try:
+        train(composed)
+    except (*REFUSED, *FAILED) as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # the other jobs of the sweep go on, and Hydra raises it at the end
+        _leave(error, 2 if isinstance(error, REFUSED) else 1)
+
+
+def _leave(error: Exception, status: int) -> NoReturn:
+    """Exits with a message in place of a traceback."""
+    console.print(_explain(error), markup=False)
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> str:
+    """The message of a refusal; where it is Hydra's, in terms of our groups and keys."""
+    text = str(error).split("\nConfig search path")[0]
+    if text.startswith("Config group override must be"):
+        nulls = [a for a in sys.argv[1:] if re.fullmatch(rf"({'|'.join(GROUPS)})=(null)?", a)]
+        return f"{' '.join(nulls)}: a group takes the name of a file in conf/, such as {CHOICES}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return text
+    if found := re.search(r"Could not override '([^']*)'|Key '(\w+)' not in 'RunConfig'", text):
+        key, groups = found[1] or found[2], [*GROUPS, "experiment"]
+        keys = [field.name for field in fields(RunConfig) if field.name not in groups]
+        guess = meant(key, [*groups, *keys])
+        return (
+            f"{key}: no such group or key{guess}; the groups are {', '.join(groups)}, "
+            f"the other keys {', '.join(keys)}"
+        )
+    return text if error.__cause__ is None else f"{text}\n{error.__cause__}"
 
 
 def train(composed: DictConfig) -> RunRecord | None:
@@ -66,21 +123,20 @@ def train(composed: DictConfig) -> RunRecord | None:
         ConfigError: The config cannot run; nothing was loaded or written.
     """
     config = resolve(composed)
-    validate(config)
+    _quiet()
+    check_config(config)
     identity = run_id(config)
     folder = Path(config["run_dir"] or f"runs/{config['experiment_name']}/{identity}")
-    if (recorded := _recorded(folder, identity)) is not None and not config["rerun"]:
-        if not config["dry_run"]:
-            console.print(f"run {identity} is recorded in {folder}; rerun=true trains it again")
-            return recorded
-    _quiet()
+    recorded = recorded_run(folder, identity)
+    if recorded is not None and not config["rerun"] and not config["dry_run"]:
+        console.print(f"run {identity} is recorded in {folder}; rerun=true trains it again")
+        return recorded
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    specs = {key: build(config[key]) for key in ("student", "teacher", "lora", "loss", "data", "optim")}
+    specs = {key: build(config[key]) for key in SPECS}
     if specs["teacher"].path is None:
         specs["teacher"] = None
-    meeting = meet(specs["student"], specs["teacher"], specs["lora"], specs["data"].max_length)
-    data = _open_data(specs["data"], meeting.tokenizer, config)
-    print_plan(console, config, folder, meeting, data)
+    meeting, data = meet_all(config, specs)
+    print_plan(console, config, specs, folder, meeting, data)
     if config["dry_run"]:
         return None
     return Run(config, identity, folder, specs, meeting, data).record()
@@ -142,7 +198,11 @@ class Run:
                 for role in ("student", "teacher")
                 if (spec := self.specs[role]) is not None
             },
-            data={"path": self.config["data"].get("path", "mini"), "num_rows": self.data.num_rows, "schema": self.data.schema},
+            data={
+                "path": self.config["data"].get("path", "mini"),
+                "num_rows": self.data.num_rows,
+                "schema": self.data.schema,
+            },
             argv=["neo-train", *(argument.removeprefix("++") for argument in sys.argv[1:])],
             **provenance(torch.cuda.get_device_name() if gpu else None),
         )
@@ -157,7 +217,11 @@ class Run:
         config, folder = self.config, self.folder
         checkpoint = folder / "checkpoints" / "last.ckpt"
         resuming = checkpoint.exists() and not config["rerun"]
-        step = torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"] if resuming else None
+        step = (
+            torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
+            if resuming
+            else None
+        )
         if resuming:
             console.print(f"going on from step {step} of {checkpoint}")
         module = NeoModule(
@@ -184,22 +248,19 @@ class Run:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
         if config["eval_split"]:
-            source = self.data.data
+            source: Any = self.data.data
             rows = source.test_rows() if config["eval_split"] == "test" else source.val_rows()
-            self.metrics |= exact_match(inner(module.student), self.meeting.tokenizer, self.data.encoder, rows)
+            self.metrics |= exact_match(
+                inner(module.student), self.meeting.tokenizer, self.data.encoder, rows
+            )
         trainer.save_checkpoint(checkpoint)
         save_student(module.student, self.meeting.tokenizer, folder)
 
     def _trainer(self, resume_step: int | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
         config = self.config
-        checkpoints = ModelCheckpoint(
-            dirpath=self.folder / "checkpoints",
-            save_last=True,
-            save_top_k=0,
-            every_n_train_steps=config["checkpoint_every_n_steps"],
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
+        checkpoints = Checkpoints(
+            self.folder / "checkpoints" / "last.ckpt", config["checkpoint_every_n_steps"]
         )
         callbacks: list[L.Callback] = [self.throughput, StopOnNaN(), checkpoints]
         if config["trainer"]["enable_progress_bar"]:
@@ -212,43 +273,8 @@ class Run:
         if (logger := build(config["logger"] | extra)) is not None:
             logger.log_hyperparams(config | {"choices": _hydra_choices()[0]})
             loggers.append(logger)
-        # Not built from the node alone: these keys are what the callbacks and the data rely on.
-        keys = {k: v for k, v in config["trainer"].items() if k != "_target_"}
         no_val = {} if self.data.num_val_rows else {"limit_val_batches": 0}
-        return L.Trainer(
-            **keys | {"enable_progress_bar": False} | no_val,
-            callbacks=callbacks,
-            logger=loggers,
-            enable_model_summary=False,
-            check_val_every_n_epoch=None,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-        )
-
-
-def _open_data(spec: Any, tokenizer: Any, config: dict[str, Any]) -> DataModule:
-    """The rows, opened: a missing or malformed file is found before a weight is read."""
-    try:
-        data = DataModule(spec, tokenizer, seed=config["seed"])
-        data.setup("fit")
-    except ValueError as error:
-        raise ConfigError(str(error).splitlines()) from error
-    if data.num_rows is None and config["trainer"].get("max_steps", -1) <= 0:
-        raise ConfigError(["trainer.max_steps=-1: must be set, the length of this data is not known"])
-    return data
-
-
-def _recorded(folder: Path, identity: str) -> RunRecord | None:
-    """The record of a run that came to its end; failed ones are run again."""
-    path = folder / "record.json"
-    if not path.exists():
-        return None
-    record = read_record(path)
-    if record.run_id != identity:
-        raise ConfigError(
-            [f"run_dir={str(folder)!r}: holds run {record.run_id}, this config is run {identity}"]
-        )
-    return record if record.status == "ok" else None
+        return build_trainer(config["trainer"] | no_val, callbacks, loggers)
 
 
 def _row_counts(report: RowReport) -> dict[str, Any]:
@@ -270,7 +296,7 @@ def _status_of(exception: BaseException) -> str:
 
 
 def _hydra_choices() -> tuple[dict[str, str], list[str]]:
-    """Group choices and overrides as typed; empty where a config was composed without Hydra's main."""
+    """Group choices and overrides as typed; empty where Hydra's main did not compose the config."""
     if not HydraConfig.initialized():
         return {}, []
     hydra_config = HydraConfig.get()
@@ -283,6 +309,9 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    # PEFT 0.21 asks transformers, and Lightning 2.6 asks torch, by a name about to go.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec.. is deprecated")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-
 from lab import compose_raw
 
 from neo.results.records import RunRecord

@@ -9,7 +9,12 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from transformers import (
-    AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen2Config,
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen2Config,
 )  # fmt: skip
 
 from neo.config import conf_dir, open_groups, register, resolve

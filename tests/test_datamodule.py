@@ -82,7 +82,8 @@ def test_resuming_in_the_middle_of_an_epoch_equals_never_stopping(num_workers, p
     stopped = module_of(numbered(40), **options)
     stopped.set_epoch(1)
     consumed = list(islice(stopped.train_dataloader(), 5))
-    stopped.position = (1, 3)  # two batches were read and not consumed
+    for batch in consumed[:3]:  # two batches were read and not consumed
+        stopped.add_report(batch.report)
     resumed = module_of(numbered(40), **options)
     resumed.load_state_dict(stopped.state_dict())
     rest = list(resumed.train_dataloader())
@@ -92,9 +93,10 @@ def test_resuming_in_the_middle_of_an_epoch_equals_never_stopping(num_workers, p
     for expected, actual in zip(through, [*consumed[:3], *rest], strict=True):
         for name in ("input_ids", "position_ids", "targets"):
             assert torch.equal(getattr(expected, name), getattr(actual, name))
-    resumed.set_epoch(2)
-    whole.set_epoch(2)
+    assert resumed.position == whole.position == (1, len(through))
     assert answers(resumed.train_dataloader()) == answers(whole.train_dataloader())
+    for module in (whole, stopped, resumed):
+        module.teardown("fit")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +125,24 @@ def test_a_pass_counts_its_rows_anew_and_stops_past_max_bad_rows():
             module.add_report(batch.report)
         assert (module.report.rows, module.report.bad) == (8, {"malformed": 1, "empty": 1})
     strict = module_of(rows, max_bad_rows=1, batch_size=1, packing=False)
-    with pytest.raises(TooManyBadRows, match=r"data.max_bad_rows=1: 2 of the \d rows"):
-        for batch in strict.train_dataloader():
-            strict.add_report(batch.report)
+    reports = [batch.report for batch in strict.train_dataloader()]
+    with pytest.raises(TooManyBadRows, match=r"data.max_bad_rows=1: 2 of the 8 rows"):
+        list(map(strict.add_report, reports))
+
+
+def test_every_pass_is_another_epoch_unless_nothing_was_consumed_of_it():
+    module = module_of(numbered(20), batch_size=2, packing=False)
+    loader = module.train_dataloader()
+    orders = []
+    for consumed in (10, 10, 0, 4, 10):
+        batches = list(islice(loader, max(consumed, 1)))
+        orders.append((module.position[0], answers(batches[:1])))
+        for batch in batches[:consumed]:
+            module.add_report(batch.report)
+    assert [epoch for epoch, _ in orders] == [0, 1, 2, 2, 3]
+    for epoch, first in orders:
+        module.set_epoch(epoch)
+        assert answers(islice(loader, 1)) == first
 
 
 def test_no_rows_and_unknown_columns_are_refused():
@@ -137,7 +154,7 @@ def test_no_rows_and_unknown_columns_are_refused():
 
 
 def test_all_problems_of_the_values_are_told_at_once():
-    with pytest.raises(ValueError, match="data.max_length=0: must be at least 2") as caught:
+    with pytest.raises(ValueError, match=r"data.max_length=0: must be at least 2") as caught:
         Data(
             max_length=0,
             batch_size=0,
@@ -155,21 +172,23 @@ def test_all_problems_of_the_values_are_told_at_once():
 
 
 class Recorder(L.LightningModule):
-    """Records what it is fed, and says where it stands as training does."""
+    """Records what it is fed, and saves a checkpoint at every sixth step."""
 
-    def __init__(self):
+    def __init__(self, folder):
         super().__init__()
+        self.folder = folder
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen, self.validated = [], []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append((self.current_epoch, *answers([batch])))
-        self.trainer.datamodule.add_report(batch.report)
-        self.trainer.datamodule.position = (self.current_epoch, batch_idx + 1)
+        data = self.trainer.datamodule
+        self.seen.append((data.position[0], *answers([batch])))
+        data.add_report(batch.report)
         return self.weight
 
-    def on_train_epoch_end(self):
-        self.trainer.datamodule.position = (self.current_epoch + 1, 0)
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.folder and self.global_step % 6 == 0:
+            self.trainer.save_checkpoint(self.folder / f"{self.global_step}.ckpt")
 
     def validation_step(self, batch, batch_idx):
         self.validated += answers([batch])
@@ -178,8 +197,9 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(max_steps, checkpoint=None, save=None, **options):
-    recorder = Recorder()
+def fit(max_steps, folder=None, resume=None, **options):
+    """A run over 18 batches per epoch."""
+    recorder = Recorder(folder)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
@@ -190,22 +210,18 @@ def fit(max_steps, checkpoint=None, save=None, **options):
         num_sanity_val_steps=1,
     )
     module = module_of(numbered(40), val_share=0.1, batch_size=2, packing=False, **options)
-    trainer.fit(recorder, datamodule=module, ckpt_path=checkpoint, weights_only=False)
-    if save:
-        trainer.save_checkpoint(save)
+    trainer.fit(recorder, datamodule=module, ckpt_path=resume, weights_only=True)
     return recorder
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_trainer_resumes_at_the_next_batch(tmp_path, num_workers):
-    through = fit(50, num_workers=num_workers).seen
+    through = fit(50, tmp_path, num_workers=num_workers).seen
     assert [epoch for epoch, *_ in through] == [i // 18 for i in range(50)]
-    assert through[:18] != through[18:36]
-    for stop in (18, 23):
-        checkpoint = tmp_path / f"{stop}.ckpt"
-        before = fit(stop, save=checkpoint, num_workers=num_workers).seen
-        after = fit(50, checkpoint=checkpoint, num_workers=num_workers).seen
-        assert before + after == through
+    assert [answers for _, *answers in through[:18]] != [a for _, *a in through[18:36]]
+    for step in (12, 18, 24, 36) if num_workers == 0 else (18, 24):
+        resume = tmp_path / f"{step}.ckpt"
+        assert fit(50, resume=resume, num_workers=num_workers).seen == through[step:]
 
 
 def test_a_trainer_validates_on_all_rows_held_out():

@@ -47,7 +47,9 @@ def test_the_adapter_gives_the_trained_students_logits_on_the_untouched_base(
     base = AutoModelForCausalLM.from_pretrained(student_dir)
     with torch.no_grad():
         untouched = base(input_ids=PROBE).logits
-        logits = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=PROBE).logits
+        logits = (
+            PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=PROBE).logits
+        )
     torch.testing.assert_close(logits, trained_logits, rtol=1e-5, atol=1e-5)
     assert (untouched - trained_logits).abs().max() > 0.01
 
@@ -73,11 +75,14 @@ from {"transformers" if merge else "peft"} import {load}
 model = {load}.from_pretrained({str(tmp_path / "out")!r})
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
 chat = [{{"role": "user", "content": "Add 2 and 3."}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+ids = inputs["input_ids"]
 print(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1])
 print(any(name == "neo" or name.startswith("neo.") for name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 
@@ -101,7 +106,9 @@ def test_a_run_whose_config_names_foreign_code_is_refused(run, tmp_path):
     folder = tmp_path / "run"
     (folder / "adapter").mkdir(parents=True)
     config = (run / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("neo.models.causal_lm.CausalLM", "os.system"))
+    (folder / "config.yaml").write_text(
+        config.replace("neo.models.causal_lm.CausalLM", "os.system")
+    )
     with pytest.raises(ValueError, match=r"_target_='os.system' is not allowed"):
         export(folder, tmp_path / "out")
 
@@ -116,7 +123,10 @@ def test_a_run_whose_config_names_foreign_code_is_refused(run, tmp_path):
 )
 def test_wrong_arguments_end_with_status_2_and_no_traceback(arguments, message, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "neo.export", *arguments], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "neo.export", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 2
     assert message in done.stderr

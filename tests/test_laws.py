@@ -103,9 +103,9 @@ def test_micro_batches_of_any_size_give_the_same_weights(
     for rows, accumulate in ((8, 1), (4, 2), (1, 8)):
         fit(
             student_dir, teacher_dir, tmp_path / str(rows), f"method={method}",
-            f"data.path={eight_rows}", f"data.batch_size={rows}", "data.packing=false", *CONSTANT,
+            f"data.path={eight_rows}", f"data.batch_size={rows}", "data.packing=false", *CONSTANT[:2],
             f"trainer.accumulate_grad_batches={accumulate}", "trainer.max_epochs=3",
-            "trainer.gradient_clip_val=0.1",
+            "trainer.gradient_clip_val=0.1", "optim.lr=0.002",
         )  # fmt: skip
     first = trained(tmp_path / "8")
     for rows in ("4", "1"):

@@ -1,3 +1,4 @@
+import time
 from collections import Counter
 
 import numpy as np
@@ -18,14 +19,14 @@ def loader_of(rows, *, num_workers=0, max_length=64, shuffle=False, **options) -
     encoder = PromptEncoder(byte_level_tokenizer(CHATML), max_length)
     settings = {"batch_size": 1, "packing": False, "shuffle": shuffle, "seed": 0}
     stream = RowStream(rows, np.arange(len(rows)), encoder, "prompt_completion", **settings)
-    options = {"epoch": lambda: 0} | options
+    options = {"begin": lambda: (0, 0)} | options
     return EpochLoader(stream, num_workers=num_workers, **options)
 
 
 def test_a_pass_reads_the_epoch_that_it_is_told():
     epoch = 0
     rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(20)]
-    loader = loader_of(rows, shuffle=True, epoch=lambda: epoch)
+    loader = loader_of(rows, shuffle=True, begin=lambda: (epoch, 0))
     passes = []
     for epoch in (0, 1, 0):  # noqa: B007  the loader asks for it
         passes.append([b.input_ids.tolist() for b in loader])
@@ -34,15 +35,33 @@ def test_a_pass_reads_the_epoch_that_it_is_told():
 
 def test_skipped_batches_are_told_and_not_given():
     told = []
-    loader = loader_of([GOOD] * 5, skip=lambda epoch: 3, skipped=told.append)
-    assert len(list(loader)) == 2
-    assert sum(report.rows for report in told) == 3
+    loader = loader_of([GOOD] * 50, begin=lambda: (0, 30), skipped=told.append)
+    batches = list(loader)
+    assert (len(told), len(batches)) == (30, 20)
+    assert sum((b.report for b in batches), start=sum(told, start=RowReport())).rows == 50
+
+
+def test_an_epoch_that_is_skipped_whole_is_followed_by_the_next():
+    begins, ends = iter([(3, 5), (4, 0)]), []
+    loader = loader_of([GOOD] * 5, begin=lambda: next(begins), end=lambda: ends.append(1))
+    assert len(list(loader)) == 5
+    assert len(ends) == 2
 
 
 def test_skipping_more_than_there_is_says_that_the_data_changed():
     with pytest.raises(ValueError, match=r"after 6 batches of epoch 0: the data gives only 5"):
-        list(loader_of([GOOD] * 5, skip=lambda epoch: 6))
-    assert list(loader_of([GOOD] * 5, skip=lambda epoch: 5)) == []
+        list(loader_of([GOOD] * 5, begin=lambda: (0, 6)))
+
+
+def test_closing_ends_the_workers_at_once_and_a_pass_starts_others():
+    loader = loader_of([GOOD] * 40, num_workers=2)
+    for _ in range(2):
+        next(iter(loader))
+        workers = loader.loader._iterator._workers
+        start = time.perf_counter()
+        loader.close()
+        assert not any(worker.is_alive() for worker in workers)
+        assert time.perf_counter() - start < 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -57,6 +76,7 @@ def test_the_first_batch_carries_reports_of_workers_without_one():
     # shard 0 of 2 reads only bad rows and reports them first
     loader = loader_of([BAD, GOOD] * 4, num_workers=2)
     batches = list(loader)
+    loader.close()
     assert all(batch.num_supervised for batch in batches)
     total = sum((batch.report for batch in batches), start=RowReport())
     assert (total.rows, total.num_bad) == (8, 4)

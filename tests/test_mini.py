@@ -7,6 +7,7 @@ import pytest
 
 from neo.data.mini import mini_rows, split_of
 from neo.data.mini_tasks import KINDS
+from neo.data.mini_wordings import NAMES
 
 
 def texts(rows):
@@ -22,7 +23,7 @@ def shown_operands(row):
     kind = row["kind"]
     text = " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
     found = [int(n) for n in re.findall(r"\d+", text)]
-    if people := re.findall(r"([A-Z]\w+) has (\d+)", text):
+    if people := re.findall(rf"({'|'.join(NAMES)}) (\d+)", text):
         return {("table", frozenset(people))}
     if facts := re.findall(r"([A-Z]\w+) is \w+er than ([A-Z]\w+)", text):
         return {("order", frozenset(map(frozenset, facts)))}
@@ -42,6 +43,13 @@ def shown_operands(row):
         return {pair(*found), pair(max(found) if "larger" in text else min(found), c)}
     first = pair(*found[:2])
     return {first, pair(sum(found[:2]), found[2])} if len(found) == 3 else {first}
+
+
+def working_and_result(row):
+    """What a reader takes for the working of the last answer, and the rest of it."""
+    answer = row["messages"][-1]["content"]
+    working = re.match(r".*=|[A-Z]\w+ (?=\d)|", answer)[0]
+    return working, answer[len(working) :]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test", "teacher"])
@@ -117,14 +125,20 @@ def test_exactly_the_stated_share_of_training_answers_is_wrong_and_flagged(share
         assert (right["messages"][-1] != given["messages"][-1]) is given["noisy"]
 
 
-def test_a_wrong_answer_is_the_right_one_of_other_operands_of_the_kind():
+def test_a_wrong_answer_ends_in_the_right_result_of_other_operands_of_the_kind():
     rows = mini_rows("train", 2_000, seed=0, label_noise=0.3)
     right = {}
     for row in mini_rows("train", 2_000, seed=0):
-        right.setdefault(row["kind"], set()).add(row["messages"][-1]["content"])
-    wrong = [row for row in rows if row["noisy"]]
-    assert len(wrong) == 600
-    assert all(row["messages"][-1]["content"] in right[row["kind"]] for row in wrong)
+        right.setdefault(row["kind"], set()).add(working_and_result(row)[1])
+    assert sum(row["noisy"] for row in rows) == 600
+    assert all(working_and_result(row)[1] in right[row["kind"]] for row in rows if row["noisy"])
+
+
+def test_a_wrong_answer_keeps_the_working_of_the_right_one():
+    clean = mini_rows("train", 500, seed=0)
+    noisy = mini_rows("train", 500, seed=0, label_noise=1.0)
+    for right, wrong in zip(clean, noisy, strict=True):
+        assert working_and_result(right)[0] == working_and_result(wrong)[0]
 
 
 def test_the_wrong_rows_are_a_choice_of_the_seed():

@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 from neo.data.mini import mini_rows
 from neo.data.mini_tokenizer import build_tokenizer
+from neo.data.mini_wordings import UNITS
 
 TOKENIZER = build_tokenizer()
 
@@ -53,18 +54,19 @@ def test_scripts_code_and_white_space_survive(text):
 
 def test_digits_and_operand_letters_are_single_tokens():
     assert TOKENIZER.convert_ids_to_tokens(ids("1234")) == list("1234")
-    assert TOKENIZER.convert_ids_to_tokens(ids("What is KQZB")) == [
-        *("What", "Ġis", "Ġ"),
-        *"KQZB",
-    ]
+    assert TOKENIZER.convert_ids_to_tokens(ids("What is KNAB")) == ["WhatĠ", "isĠ", *"KNAB"]
+
+
+def test_a_name_is_the_same_token_in_the_middle_and_at_the_beginning():
+    assert ids("find Mia?")[1] == ids("Mia, Bob")[0]
 
 
 def test_every_word_of_the_tasks_is_one_token():
     for row in mini_rows("val", 300, seed=0):
         for message in row["messages"]:
             tokens = TOKENIZER.convert_ids_to_tokens(ids(message["content"]))
-            # single characters are left to digits, signs and the capitals of operands
-            assert not [t for t in tokens if len(t) == 1 and t.islower()]
+            # single characters are left to digits, signs, units and the capitals of operands
+            assert not [t for t in tokens if len(t) == 1 and t.islower() and t not in UNITS]
 
 
 def test_a_conversation_is_written_as_chatml():

@@ -1,3 +1,4 @@
+import shutil
 import pytest
 from example_runs import example_run
 
@@ -71,11 +72,28 @@ def test_a_recorded_run_is_never_edited(place, capsys):
     assert files(place / "experiments") == kept
 
 
-def test_out_renders_the_runs_alone_and_touches_nothing_of_the_experiment(place):
+def test_out_touches_nothing_of_the_experiment(place):
     before = files(place / "experiments")
     assert main(["mini", "runs=runs", "out=mine"]) == 0
     assert files(place / "experiments") == before
     assert set(files(place / "mine")) == {"table.md", "table.csv", "figure.png"}
+
+
+def test_out_shows_ones_own_runs_in_the_place_of_the_recorded_ones(place, capsys):
+    main(["mini", "runs=runs"])
+    write_record(
+        example_run("neo", 1, metrics={"eval/mini/exact_match": 1.0}), place / "runs/mini/neo1"
+    )
+    for path in (place / "runs/mini").iterdir():
+        if path.name != "neo1":
+            shutil.rmtree(path)
+    capsys.readouterr()
+    main(["mini"])
+    recorded = capsys.readouterr().out
+    assert main(["mini", "runs=runs", "out=mine"]) == 0
+    mine = capsys.readouterr().out
+    assert mine != recorded
+    assert mine.count("neo") == recorded.count("neo")
 
 
 def test_the_printed_table_shows_every_row_and_what_is_not_in_it(place, capsys):

@@ -93,7 +93,9 @@ def test_a_stream_of_max_rows_validates_within_them(tiny_tokenizer, hub_folder):
 
 def test_workers_share_a_stream(tiny_tokenizer, hub_folder):
     data = HubData(path=hub_folder, val_share=0.0, packing=False, num_workers=2)
-    examples, rows = read(DataModule(data, tiny_tokenizer, seed=0).train_dataloader())
+    module = DataModule(data, tiny_tokenizer, seed=0)
+    examples, rows = read(module.train_dataloader())
+    module.teardown("fit")
     assert rows == len(examples) == 500
     assert len(set(examples)) == 250
 
@@ -105,9 +107,10 @@ def test_a_hub_name_that_cannot_be_reached_is_named(monkeypatch):
         HubData(path="no/such", name="x").rows()
 
 
-def test_a_stream_that_breaks_off_is_named(hub_folder):
+def test_a_stream_that_breaks_off_is_named(hub_folder, monkeypatch):
     rows = HubData(path=hub_folder).rows()
-    rows.dataset = (json.loads(text) for text in ('{"prompt": "q"}', "broken"))
+    texts = iter(['{"prompt": ["q"]}', "broken"])
+    monkeypatch.setattr(rows.dataset, "iter", lambda batch_size: map(json.loads, texts))
     with pytest.raises(ValueError, match=r"data.path='.*hub': .* cannot be read: JSONDecodeError"):
         list(rows)
 

@@ -86,29 +86,39 @@ class Data:
 class DataModule(L.LightningDataModule):
     """Loaders of `Batch` for training and validation, the same whenever they are made again.
 
-    `position` is (epoch, batches consumed of it); training sets it before a checkpoint is saved,
-    and after `load_state_dict` the first pass begins behind it.
+    Batches are read ahead, so training says which it has consumed: it gives the report of each to
+    `add_report`. The epoch is counted here, one per pass; Lightning's own number is one too high
+    after a resume from the last batch of an epoch (seen with 2.6.6).
 
     Attributes:
         report: What was read for training in this epoch, as far as `add_report` was told.
-        num_rows: Rows per epoch to train on; None for a stream.
-        num_val_rows: Rows to validate on.
     """
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         super().__init__()
         self.data, self.seed = data, seed
         self.encoder = PromptEncoder(tokenizer, data.max_length, data.chat_template)
-        self.position: tuple[int, int] = (0, 0)
         self.report = RowReport()
-        self._reported_epoch = 0
-        self._epoch = 0
-        self._resume: tuple[int, int] | None = None
+        self._position = (0, 0)
+        self._num_skip = 0  # batches of this epoch that were consumed before a resume
+        self._all_read = False  # of this epoch
         self._train_rows: Rows | None = None
         self._train_indices: np.ndarray | None = None
         self._val_rows: RowTable | None = None
         self._val_indices: np.ndarray | None = None
         self.schema: str | None = None
+        self._loader: EpochLoader | None = None
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch, and how many of its batches were consumed."""
+        return self._position
+
+    @position.setter
+    def position(self, position: tuple[int, int]) -> None:
+        if position[0] != self._position[0]:
+            self._num_skip, self._all_read = 0, False
+        self._position = position
 
     @property
     def rank(self) -> int:
@@ -164,15 +174,22 @@ class DataModule(L.LightningDataModule):
         """One epoch of training batches per pass."""
         self.setup()
         assert self._train_rows is not None
+        self.teardown("fit")
         stream = self._stream(self._train_rows, self._train_indices, shuffle=self.data.shuffle)
-        return EpochLoader(
+        self._loader = EpochLoader(
             stream,
             num_workers=self.data.num_workers,
-            epoch=self._begin_epoch,
-            skip=self._take_resume,
-            skipped=self.add_report,
+            begin=self._begin_pass,
+            end=self._end_pass,
+            skipped=self._add,
             device=self._device,
         )
+        return self._loader
+
+    def teardown(self, stage: str) -> None:
+        """Ends the workers that read for training."""
+        if self._loader is not None:
+            self._loader.close()
 
     def val_dataloader(self) -> EpochLoader | Sequence[Any]:
         """The validation batches, every time the same; nothing if no rows are held out."""
@@ -181,22 +198,20 @@ class DataModule(L.LightningDataModule):
             return []
         stream = self._stream(self._val_rows, self._val_indices, shuffle=False)
         # read in the training process, or workers for both would wait for each other's turn
-        return EpochLoader(stream, num_workers=0, epoch=lambda: 0, device=self._device)
+        return EpochLoader(stream, num_workers=0, begin=lambda: (0, 0), device=self._device)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next pass; under a trainer its current epoch counts instead."""
-        self._epoch = epoch
+        """Makes the next pass the one of this epoch, from its beginning."""
+        self._position, self._num_skip, self._all_read = (epoch, 0), 0, False
 
     def add_report(self, report: RowReport) -> None:
-        """Adds up what was read in this epoch.
+        """Counts a batch as consumed, and adds up what was read in this epoch.
 
         Raises:
             TooManyBadRows: More rows than `data.max_bad_rows` could not be used.
         """
-        self.report = self.report + report
-        limit = self.data.max_bad_rows
-        if limit is not None and self.report.num_bad > limit:
-            raise TooManyBadRows(self.report, limit)
+        self._position = (self._position[0], self._position[1] + 1)
+        self._add(report)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, and what it depends on."""
@@ -215,8 +230,8 @@ class DataModule(L.LightningDataModule):
                 "cannot resume in the middle of an epoch, because rows would come in another "
                 f"order: {'; '.join(changed)}. Set them as they were"
             )
-        self.position = (state_dict["epoch"], state_dict["batches"])
-        self._epoch, self._resume = state_dict["epoch"], self.position
+        self._position = (state_dict["epoch"], state_dict["batches"])
+        self._num_skip, self._all_read = state_dict["batches"], False
 
     def _sharding(self) -> dict[str, Any]:
         data = self.data
@@ -250,14 +265,22 @@ class DataModule(L.LightningDataModule):
             **({} if self.data.shuffle else {"sort_window": 1}),
         )
 
-    def _begin_epoch(self) -> int:
-        epoch = self.trainer.current_epoch if self.trainer is not None else self._epoch
+    def _begin_pass(self) -> tuple[int, int]:
+        epoch, consumed = self._position
+        # An epoch may be left before its end; one that nothing was consumed of is read again.
+        if self._all_read or consumed > self._num_skip:
+            self.set_epoch(epoch + 1)
         self.report = RowReport()
-        return int(epoch)
+        return self._position[0], self._num_skip
 
-    def _take_resume(self, epoch: int) -> int:
-        resume, self._resume = self._resume, None
-        return resume[1] if resume is not None and resume[0] == epoch else 0
+    def _end_pass(self) -> None:
+        self._all_read = True
+
+    def _add(self, report: RowReport) -> None:
+        self.report = self.report + report
+        limit = self.data.max_bad_rows
+        if limit is not None and self.report.num_bad > limit:
+            raise TooManyBadRows(self.report, limit)
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -268,4 +291,5 @@ def peek(data: DataModule, num_batches: int) -> list[Batch]:
     data.setup()
     assert data._train_rows is not None
     stream = data._stream(data._train_rows, data._train_indices, shuffle=data.data.shuffle)
-    return list(islice(stream, num_batches))
+    # through a loader, which refuses rows none of which can be trained on
+    return list(islice(EpochLoader(stream, num_workers=0, begin=lambda: (0, 0)), num_batches))

@@ -37,8 +37,9 @@ class EpochLoader:
 
     Args:
         stream: What the batches come from; it is told the epoch.
-        epoch: Asked at the beginning of a pass.
-        skip: Asked at the beginning of a pass: so many batches were consumed before.
+        begin: Asked at the beginning of a pass for its epoch, and how many batches to skip
+            because they were consumed before.
+        end: Told when all batches of a pass have been read.
         skipped: Told the report of each batch that is skipped.
         device: Where a number must lie for ranks to exchange it; asked with several ranks only.
     """
@@ -48,37 +49,52 @@ class EpochLoader:
         stream: RowStream,
         *,
         num_workers: int,
-        epoch: Callable[[], int],
-        skip: Callable[[int], int] = lambda epoch: 0,
+        begin: Callable[[], tuple[int, int]],
+        end: Callable[[], None] = lambda: None,
         skipped: Callable[[RowReport], None] = lambda report: None,
         device: Callable[[], torch.device] = lambda: torch.device("cpu"),
     ) -> None:
-        self.stream = stream
+        self.stream, self.num_workers = stream, num_workers
+        self.close()
+        self.begin, self.end, self.skipped, self.device = begin, end, skipped, device
+
+    def close(self) -> None:
+        """Ends the workers, if there are any; the next pass starts new ones.
+
+        Left to the garbage collector, each of them is waited for 5 seconds in vain, because it
+        finalizes their queues before the loader can tell them to end.
+        """
         self.loader: DataLoader[Batch] = DataLoader(
-            stream,
+            self.stream,
             batch_size=None,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # Its own, or each pass would draw from the generator that dropout draws from, and a
+            # resumed run draws at other moments than one that never stopped.
+            generator=torch.Generator().manual_seed(0),
         )
-        self.epoch, self.skip, self.skipped, self.device = epoch, skip, skipped, device
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch()
-        self.stream.set_epoch(epoch)
-        num_skip = self.skip(epoch)
-        count = 0
-        for batch in self._usable():
-            count += 1
-            if count <= num_skip:
-                self.skipped(batch.report)
-            else:
-                yield batch
-        if count < num_skip:
-            raise ValueError(
-                f"cannot resume after {num_skip} batches of epoch {epoch}: the data gives only "
-                f"{count}. Have the rows at data.path changed since the checkpoint?"
-            )
+        given = False
+        while not given:
+            epoch, num_skip = self.begin()
+            self.stream.set_epoch(epoch)
+            count = 0
+            for batch in self._usable():
+                count += 1
+                if count <= num_skip:
+                    self.skipped(batch.report)
+                else:
+                    given = True
+                    yield batch
+            if count < num_skip:
+                raise ValueError(
+                    f"cannot resume after {num_skip} batches of epoch {epoch}: the data gives only "
+                    f"{count}. Have the rows at data.path changed since the checkpoint?"
+                )
+            # A checkpoint behind the last batch of an epoch goes on with the next one.
+            self.end()
 
     def _usable(self) -> Iterator[Batch]:
         """All batches from the first with a supervised token on, which carries earlier reports.
@@ -96,6 +112,7 @@ class EpochLoader:
                 yield replace(batch, report=waiting + batch.report)
                 waiting = None
         if waiting is not None:
+            self.close()
             if waiting.rows == 0:
                 raise ValueError("data: there are no rows to read")
             raise TooManyBadRows(waiting, None)

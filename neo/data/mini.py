@@ -31,8 +31,8 @@ def mini_rows(
         split: `train`, `val`, `test`, or `teacher`: the operands of `train`, another sample.
         num_rows: How many rows.
         seed: Chooses the rows, their order and the wrong answers.
-        label_noise: The share of training rows whose last answer is wrong: it is the right
-            answer of another row of the kind. Other splits are always right.
+        label_noise: The share of training rows whose last answer is wrong: it ends in the result
+            of another row of the kind. Other splits are always right.
         kinds: The kinds to draw from; all of them by default.
     """
     names = tuple(KINDS) if kinds is None else kinds
@@ -98,25 +98,24 @@ def _draw(kind: str, count: int, split: str, rng: Random) -> Iterator[Task]:
 
 
 def _wrong_answers(tasks: list[tuple[str, Task]], share: float, rng: Random) -> dict[int, str]:
-    """By place in `tasks`, another answer of the same kind and form, which is wrong there."""
-    answers: dict[tuple[str, str], list[str]] = {}
+    """By place in `tasks`, an answer with the result of another task of the kind and form."""
+    results: dict[tuple[str, str], list[str]] = {}
     for kind, task in tasks:
-        answers.setdefault((kind, task.form), []).append(task.turns[-1][1])
+        results.setdefault((kind, task.form), []).append(task.result)
     wrong = {}
     for i in sorted(rng.sample(range(len(tasks)), round(share * len(tasks)))):
         kind, task = tasks[i]
-        right = task.turns[-1][1]
-        others = [answer for answer in answers[kind, task.form] if answer != right]
-        wrong[i] = rng.choice(others) if others else _other_answer(kind, task, rng)
+        others = [result for result in results[kind, task.form] if result != task.result]
+        wrong[i] = task.working + (rng.choice(others) if others else _other(kind, task, rng))
     return wrong
 
 
-def _other_answer(kind: str, task: Task, rng: Random) -> str:
-    """The answer of a fresh task of the same kind and form, for samples too small to lend one."""
+def _other(kind: str, task: Task, rng: Random) -> str:
+    """The result of a fresh task of the kind and form, for samples too small to lend one."""
     while True:
         other = KINDS[kind](rng)
-        if other.form == task.form and other.turns[-1][1] != task.turns[-1][1]:
-            return other.turns[-1][1]
+        if other.form == task.form and other.result != task.result:
+            return other.result
 
 
 def _messages(task: Task, wrong: str | None) -> list[dict[str, str]]:

@@ -15,8 +15,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# a digit, a word or a run of signs with the space before it, or one space or line break
-PIECE = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
+# a digit, a word or a run of signs with the space after it, or one space or line break; a space
+# before would make a name at the beginning of an answer another token than the name in the question
+PIECE = r"\p{N}|\p{L}+ ?|[^\s\p{L}\p{N}]+ ?|\s"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,5 +62,5 @@ def _texts() -> list[str]:
             pieces = wording.replace("}", "{").split("{")
             texts.add("0".join(pieces[::2]))
     for word in WORDS:
-        texts |= {word, f" {word}"}
+        texts |= {word, f"{word} "}
     return sorted(texts)

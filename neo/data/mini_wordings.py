@@ -15,6 +15,7 @@ RELATIONS = (
     ("faster", "slower", "fastest", "slowest"),
     ("richer", "poorer", "richest", "poorest"),
 )
+LETTERS = "ABCDEFGHIJKLMN"
 UNITS = ("cm", "m", "g", "kg", "min", "h")
 
 PHRASINGS = {
@@ -69,35 +70,41 @@ PHRASINGS = {
         "In {s}, how many letters are {x}?",
     ),
     "lookup": (
-        "{table}. How many does {x} have?",
-        "{table}. What is the number of {x}?",
-        "How many does {x} have? {table}.",
-        "Given: {table}. Find {x}.",
+        "Given {table}: what is {x}?",
+        "If {table}, find {x}.",
+        "What is {x} if {table}?",
+        "From {table} take {x}.",
     ),
-    "entry": ("{x} has {n}",),
+    "entry": ("{x} {n}",),
     "convert": (
         "Convert {old} to {unit}.",
         "What is {old} in {unit}?",
         "Write {old} in {unit}.",
         "How many {unit} are {old}?",
     ),
+    "iso": (
+        "Write {day} {year} in numbers.",
+        "Give {day} {year} as year-month-day.",
+        "{day} {year} in digits?",
+        "How is {day} {year} written in numbers?",
+    ),
     "after": (
         "What date is {n} days after {day}?",
         "Which day comes {n} days after {day}?",
-        "{day} plus {n} days is?",
+        "What is {n} days later than {day}?",
         "Go {n} days on from {day}.",
     ),
     "before": (
         "What date is {n} days before {day}?",
         "Which day comes {n} days before {day}?",
-        "{day} minus {n} days is?",
+        "What is {n} days earlier than {day}?",
         "Go {n} days back from {day}.",
     ),
     "logic": (
-        "{facts} Who is the {most}?",
-        "{facts} Name the {most} of them.",
-        "{facts} Which one is the {most}?",
-        "Who is the {most}? {facts}",
+        "{facts} Order them from the {most}.",
+        "{facts} List all, the {most} first.",
+        "{facts} Who comes in which place, from the {most}?",
+        "From the {most} on, order them: {facts}",
     ),
     "fact": ("{p} is {relation} than {q}.",),
     "larger": (
@@ -134,7 +141,7 @@ PHRASINGS = {
         "And {x}?",
         "What about {x}?",
         "Now find {x}.",
-        "How many does {x} have?",
+        "And what is {x}?",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int64
@@ -59,23 +59,24 @@ class Batch:
     position_ids: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
     report: RowReport = field(default_factory=RowReport)
+    num_rows: int = 0  # that lie in it, where the report counts those read for it and ahead of it
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on the device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.position_ids.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            self.report,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
         """The same batch in pinned memory, from which a copy to the GPU need not wait."""
-        return Batch(
-            self.input_ids.pin_memory(),
-            self.position_ids.pin_memory(),
-            self.targets.pin_memory(),
-            self.report,
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            targets=self.targets.pin_memory(),
         )
 
     @property
@@ -136,9 +137,11 @@ def collate(
             at += size
         if packing:
             positions[row, at:] = torch.arange(length - at)
-    return Batch(ids, positions, targets, report)
+    num_rows = sum(len(sequence) for sequence in sequences)
+    return Batch(ids, positions, targets, report, num_rows)
 
 
 def empty_batch(pad_id: int, report: RowReport) -> Batch:
     """One padding token and nothing supervised: a carrier for a report without examples."""
-    return collate([[Example([pad_id], [IGNORE])]], pad_id, False, report)
+    empty = collate([[Example([pad_id], [IGNORE])]], pad_id, False, report)
+    return replace(empty, num_rows=0)

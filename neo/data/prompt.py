@@ -222,10 +222,7 @@ class PromptEncoder:
         spans = []
         for number, turn in enumerate(turns):
             first = last = bisect_right(ends, turn.start)
-            # Byte-level tokenizers may trim white space from offsets: such a token is empty here.
-            while last < len(ids) and (
-                offsets[last][0] < turn.stop or offsets[last][0] == ends[last] == turn.stop
-            ):
+            while last < len(ids) and offsets[last][0] < turn.stop:
                 last += 1
             wanted = text[turn.start : turn.stop]
             decoded = self.tokenizer.decode(

@@ -134,7 +134,7 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
-    answer_key = "completion" if "completion" in row else "response"
+    answer_key = "response" if "response" in row and "completion" not in row else "completion"
     conversation: Conversation = []
     for key, role in (("prompt", "user"), (answer_key, "assistant")):
         value = _field(row, key)

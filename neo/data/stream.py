@@ -78,10 +78,11 @@ class HubRows:
         return self.dataset.column_names
 
     def __iter__(self) -> Iterator[Any]:
-        rows = iter(self.dataset)
-        done = object()
-        while (row := self._tell(lambda: next(rows, done))) is not done:
-            yield row
+        # `iter(dataset)` would give each worker files of its own, and what is read here is shared
+        # out among them once more: half of the rows would be lost to two workers.
+        rows = self.dataset.iter(batch_size=1)
+        while (row := self._tell(lambda: next(rows, None))) is not None:
+            yield {name: values[0] for name, values in row.items()}
 
     def _tell(self, read: Any) -> Any:
         try:

@@ -43,6 +43,8 @@ def split_table(
         count += 1
         if key is not None:
             groups.setdefault(key, []).append(place)
+    if not groups:
+        return list(range(count)), []  # all bad, which whoever reads them says with the reasons
     wanted = max(1, round(share * count))
     wanted = wanted if max_rows is None else min(wanted, max_rows)
     held: set[int] = set()

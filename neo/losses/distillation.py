@@ -43,6 +43,10 @@ class Distillation:
                 self.divergence(torch.zeros(1, 2), torch.zeros(1, 2), temperature=1.0)
             except (TypeError, ValueError) as error:
                 problems.append(f"loss.divergence: {error}")
+        if "temperature" in getattr(self.divergence, "keywords", {}):
+            problems.append(
+                "loss.divergence.temperature: set loss.temperature, which takes its place"
+            )
         if not 0 <= self.kd_ratio <= 1:
             problems.append(f"loss.kd_ratio={self.kd_ratio}: must lie in [0, 1]")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):

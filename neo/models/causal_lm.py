@@ -1,4 +1,4 @@
-"""A causal language model of transformers: where it lies, how it is loaded, its backbone and head."""
+"""A causal LM of transformers: where it lies, how it is loaded, its backbone and head."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 MINI = Path(__file__).parent / "mini"
+SHIPPED = ("neo://mini-student", "neo://mini-teacher")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # What a model may do to `hidden @ weight.T` before it calls the result logits. A model that does
@@ -52,9 +55,11 @@ class CausalLM:
         """What transformers is given as the model's name: a folder or a hub name."""
         if self.path is None:
             raise ValueError("path=null: must be a folder or a hub name")
-        if self.path.startswith("neo://mini-"):
-            return str(MINI / self.path.removeprefix("neo://mini-"))
-        return self.path
+        if not self.path.startswith("neo://"):
+            return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+        if self.path not in SHIPPED:
+            raise ValueError(f"path={self.path!r}: must be one of {', '.join(SHIPPED)}")
+        return str(MINI / self.path.removeprefix("neo://mini-"))
 
     def config(self) -> Any:
         """The model's configuration, without its weights.
@@ -75,20 +80,43 @@ class CausalLM:
     def _read(self, auto: Any) -> Any:
         path = Path(self.location)
         if path.is_absolute() or self.location.startswith(".") or path.is_dir():
-            _check_folder(path, str(self.path))
+            _check_folder(path, str(self.path), with_weights=not self.random_init)
+        else:
+            _check_hub(self.location, self.revision)
         try:
             return auto.from_pretrained(self.location, **self._source())
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a folder of the user's may make any parser raise anything
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"path={self.path!r}: comes with Python code of its own, which is run only "
+                    "with trust_remote_code=true"
+                ) from error
             raise ValueError(f"path={self.path!r}: {_first_line(error)}") from error
 
-    def meta(self) -> nn.Module:
-        """The model on the meta device: all shapes, no weights."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                self.config(), trust_remote_code=self.trust_remote_code
-            )
+    def meta(self) -> PreTrainedModel:
+        """The model on the meta device: all shapes, no weights.
 
-    def load(self, device: torch.device, *, trained: bool, seed: int = 0) -> nn.Module:
+        Raises:
+            ValueError: It cannot be built of its configuration.
+        """
+        config = self.config()
+        try:
+            with torch.device("meta"):
+                return self._fresh(config)
+        except (ValueError, ImportError) as error:
+            wanted = f" with attn_implementation={self.attn_implementation!r}" * bool(
+                self.attn_implementation
+            )
+            raise ValueError(
+                f"path={self.path!r}: cannot be built as a causal LM{wanted}: {_first_line(error)}"
+            ) from error
+
+    def _fresh(self, config: Any, **keys: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=self.trust_remote_code, **keys, **self._attention()
+        )
+
+    def load(self, device: torch.device, *, trained: bool, seed: int = 0) -> PreTrainedModel:
         """The model with its weights, in eval mode.
 
         Args:
@@ -101,24 +129,36 @@ class CausalLM:
         """
         transformers_logging.disable_progress_bar()
         dtype = torch.float32 if trained else self._dtype(device)
-        attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
         if self.random_init:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(
-                    self.config(), dtype=dtype, trust_remote_code=self.trust_remote_code, **attention
-                ).eval()
+                model = self._fresh(self.config(), dtype=dtype).eval()
         else:
-            try:
-                # use_safetensors: unpickling a .bin can run code.
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.location, dtype=dtype, use_safetensors=True, **attention, **self._source()
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(f"path={self.path!r}: {_first_line(error)}") from error
+            model = self._with_weights(dtype)
         if self.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         check_head(model)
+        return model
+
+    def _with_weights(self, dtype: torch.dtype) -> PreTrainedModel:
+        try:
+            # use_safetensors: unpickling a .bin can run code.
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self._attention(),
+                **self._source(),
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"path={self.path!r}: {_first_line(error)}") from error
+        if missing := sorted(info["missing_keys"]):
+            # transformers would only warn, and go on with random weights in their place
+            raise ValueError(
+                f"path={self.path!r}: the weights of {len(missing)} tensors are missing, "
+                f"such as {missing[0]}"
+            )
         return model
 
     def identity(self) -> dict[str, str]:
@@ -150,12 +190,16 @@ class CausalLM:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
 
+    def _attention(self) -> dict[str, Any]:
+        wanted = self.attn_implementation
+        return {} if wanted is None else {"attn_implementation": wanted}
+
     def _source(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def hidden_states(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: Int64[Tensor, "batch length"],
     position_ids: Int64[Tensor, "batch length"],
 ) -> Float[Tensor, "batch length d"]:
@@ -167,7 +211,7 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def logit_transform(model: nn.Module) -> tuple[float, float | None]:
+def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     """The model's logit multiplier and soft cap: logits = cap(multiplier * hidden @ weight.T)."""
     config = model.config.get_text_config()
     multiplier = float(getattr(config, MULTIPLIER, None) or 1.0)
@@ -176,7 +220,7 @@ def logit_transform(model: nn.Module) -> tuple[float, float | None]:
     return multiplier, None if softcap is None else float(softcap)
 
 
-def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The weight, "rows d", and bias of the model's output embedding.
 
     Raises:
@@ -185,14 +229,14 @@ def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"the head of {type(model).__name__} is a {type(head).__name__}; it must be a plain "
-            "Linear (an adapter on the head is not supported)"
+            f"the head of {type(model).__name__} is a {type(head).__module__}."
+            f"{type(head).__qualname__}; it must be a plain torch.nn.Linear, without an adapter"
         )
     return head.weight, head.bias
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Compares the logits computed from hidden states with the model's own, on four tokens.
 
     Raises:
@@ -215,11 +259,28 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def _check_folder(folder: Path, path: str) -> None:
+def _check_folder(folder: Path, path: str, *, with_weights: bool) -> None:
     if not folder.is_dir():
         raise ValueError(f"path={path!r}: there is no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"path={path!r}: the folder has no config.json, it holds no model")
+    if with_weights and not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        found = f"only {', '.join(pickled)}, and a pickle can run code" if pickled else "no weights"
+        raise ValueError(f"path={path!r}: the folder holds {found}; weights must be *.safetensors")
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Asks the hub once for a model not in the cache; transformers would ask for a minute."""
+    if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+        return
+    try:
+        HfApi().model_info(name, revision=revision, timeout=20)
+    except Exception as error:  # whatever the network raises
+        raise ValueError(
+            f"path={name!r}: there is no such folder, and as a model of the hub it cannot be read: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

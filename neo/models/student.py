@@ -1,17 +1,19 @@
 """The student: a base model, what is trained of it, and how it is written to disk."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from neo.models.causal_lm import CausalLM
 from neo.models.variants import Variant
 
 
 def build_student(spec: CausalLM, variant: Variant, device: torch.device, seed: int) -> nn.Module:
-    """The student in train mode, its branch attached; the branch's weights are drawn from `seed`."""
+    """The student in train mode with its branch, whose weights are drawn from `seed`."""
     base = spec.load(device, trained=variant.adapter is None, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -28,9 +30,9 @@ def build_meta_student(spec: CausalLM, variant: Variant) -> nn.Module:
         return variant.attach(spec.meta())
 
 
-def inner(student: nn.Module) -> nn.Module:
+def inner(student: nn.Module) -> PreTrainedModel:
     """The causal LM inside a student, with or without a PEFT wrapper around it."""
-    return student.get_base_model() if hasattr(student, "get_base_model") else student
+    return student.get_base_model() if isinstance(student, PeftModel) else student
 
 
 def trained_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,7 +46,7 @@ def save_student(student: nn.Module, tokenizer: Any, run_dir: Path) -> Path:
     Returns:
         The folder written.
     """
-    folder = run_dir / ("adapter" if hasattr(student, "peft_config") else "model")
-    student.save_pretrained(folder)
+    folder = run_dir / ("adapter" if isinstance(student, PeftModel) else "model")
+    cast(Any, student).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

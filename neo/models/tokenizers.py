@@ -5,7 +5,8 @@ from typing import Any
 # Several scripts, code, white space, digits, an emoji: where look-alike tokenizers part ways.
 PROBE = (
     "The quick brown fox, 12345 + 6.78e-9!\n\n\tdef f(x):\n\t\treturn x ** 2  # comment\n"
-    "Größe naïve façade. Привет, мир. 你好，世界。 こんにちは 안녕하세요 مرحبا नमस्ते שלום 🙂👩‍🔬  \r\n end "
+    "Größe naïve façade. Привет, мир. 你好，世界。"  # noqa: RUF001
+    " こんにちは 안녕하세요 مرحبا नमस्ते שלום 🙂👩‍🔬  \r\n end "
 )
 SPECIAL = ("bos_token", "eos_token")
 
@@ -24,7 +25,9 @@ def tokenizer_differences(student: Any, teacher: Any) -> list[str]:
             for token in changed[:3]
         )
         differences.append(
-            f"{len(changed)} tokens have other ids (student {len(ids)}, teacher {len(other)} tokens): {shown}"
+            f"{len(changed)} tokens have other ids (student {len(ids)}, "
+            f"teacher {len(other)} tokens): "
+            f"{shown}"
         )
     for name in SPECIAL:
         mine, theirs = getattr(student, name), getattr(teacher, name)
@@ -34,9 +37,10 @@ def tokenizer_differences(student: Any, teacher: Any) -> list[str]:
     if mine != theirs:
         at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
                   min(len(mine), len(theirs)))  # fmt: skip
+        one, two = mine[at : at + 4], theirs[at : at + 4]
         differences.append(
             f"a probe text is encoded differently from token {at} on: "
-            f"{student.decode(mine[at : at + 4])!r} and {teacher.decode(theirs[at : at + 4])!r}"
+            f"{student.decode(one)!r} {one} and {teacher.decode(two)!r} {two}"
         )
     return differences
 

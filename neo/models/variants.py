@@ -1,11 +1,13 @@
 """LoRA variants: how a student is trained, one file of PEFT's own keys each (`conf/lora/`)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Variant:
 
     adapter: LoraConfig | None
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: PreTrainedModel) -> nn.Module:
         """The model with what is to be trained, and nothing else, requiring gradients.
 
         Raises:
@@ -25,17 +27,30 @@ class Variant:
         self._check_targets(model)
         return get_peft_model(model, self.adapter)
 
-    def _check_targets(self, model: nn.Module) -> None:
+    def _check_targets(self, model: PreTrainedModel) -> None:
         assert self.adapter is not None
         targets = self.adapter.target_modules
-        if targets is None or isinstance(targets, str):
-            return  # all-linear, a regular expression, or PEFT's choice: PEFT refuses an empty match
+        if targets is None or targets == "all-linear":
+            return  # PEFT's choice
         names = [name for name, _ in model.named_modules()]
-        missing = [t for t in sorted(targets) if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if isinstance(targets, str):  # a regular expression
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        else:
+            missing = [
+                target
+                for target in sorted(targets)
+                if not any(name == target or name.endswith(f".{target}") for name in names)
+            ]
         if missing:
-            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            head = model.get_output_embeddings()
+            linear = {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and module is not head
+            }
             raise ValueError(
-                f"lora.target_modules={missing}: match no layer; the linear layers are {', '.join(linear)}"
+                f"lora.target_modules={missing}: match no layer; the linear layers are "
+                f"{', '.join(sorted(linear))}, or take all-linear"
             )
 
 

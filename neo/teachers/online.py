@@ -1,9 +1,11 @@
 """A teacher that runs beside the student."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from neo.models.causal_lm import CausalLM
 
@@ -28,7 +30,7 @@ class OnlineTeacher(CausalLM):
 class FrozenTeacher(nn.Module):
     """Holds a model that never trains: no gradients, no train mode, no place in a checkpoint."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
 
@@ -36,6 +38,6 @@ class FrozenTeacher(nn.Module):
         """Stays in eval mode, whatever its parent does: dropout would make a noisy teacher."""
         return super().train(False)
 
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Nothing: a checkpoint holds what was trained."""
         return {}

@@ -12,7 +12,12 @@ import lightning as L
 import torch
 from rich.console import Console
 from rich.progress import (
-    BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn,
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
 )  # fmt: skip
 
 from neo.training.module import NeoModule
@@ -86,6 +91,30 @@ def _status_bytes(key: str) -> int:
     return 0
 
 
+class Checkpoints(L.Callback):
+    """Saves the state of the run every so many optimizer steps, in one file.
+
+    Lightning's ModelCheckpoint saves at the last batch of an epoch, too. From there Lightning 2.6.6
+    goes on with its batches counted on into the next epoch, which groups the micro-batches of a
+    step otherwise; the step after it is as good a place.
+    """
+
+    def __init__(self, file: Path, every_n_steps: int) -> None:
+        self.file, self.every_n_steps = file, every_n_steps
+        self.saved_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: NeoModule) -> None:
+        """Counts from where the run begins or goes on."""
+        self.saved_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: NeoModule, *_: Any) -> None:
+        """Saves where a run can go on as if it had never stopped: between two steps."""
+        due = trainer.global_step - self.saved_at >= self.every_n_steps
+        if due and module.step_sums is None and not trainer.is_last_batch:
+            self.saved_at = trainer.global_step
+            trainer.save_checkpoint(self.file)
+
+
 class StopOnNaN(L.Callback):
     """Ends a run whose loss or gradient is no longer a number, at the next logging interval."""
 
@@ -99,7 +128,7 @@ class StopOnNaN(L.Callback):
 
 
 class ProgressBar(L.Callback):
-    """Loss, ce, kd, supervised tokens/s and time left: a bar on a terminal, else now and then a line."""
+    """Loss, ce, kd, tokens/s and time left: on a terminal a bar, else now and then a line."""
 
     def __init__(self, throughput: Throughput, every_s: float = 15.0) -> None:
         self.throughput, self.every_s = throughput, every_s
@@ -137,14 +166,18 @@ class ProgressBar(L.Callback):
             return
         done = module.progress() - self._progress_before
         left = (now - self._began) * (1 - module.progress()) / done if done > 0 else None
-        self.console.print(text + (f", {left:,.0f} s left" if left is not None else ""), highlight=False)
+        self.console.print(
+            text + (f", {left:,.0f} s left" if left is not None else ""), highlight=False
+        )
 
     def on_train_end(self, trainer: L.Trainer, module: NeoModule) -> None:
         """Closes the bar."""
         if self.bar is not None:
             self.bar.stop()
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Closes the bar, so that the message stands on a line of its own."""
         if self.bar is not None:
             self.bar.stop()

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from neo.data.prompt import PromptEncoder
 
 
 @torch.no_grad()
 def answers(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -49,7 +49,10 @@ def answers(
 
 
 def exact_match(
-    model: nn.Module, tokenizer: Any, encoder: PromptEncoder, rows: Sequence[Mapping[str, Any]]
+    model: PreTrainedModel,
+    tokenizer: Any,
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, float]:
     """The share of rows answered exactly, overall and by kind.
 

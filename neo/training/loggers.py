@@ -1,6 +1,8 @@
 """Where numbers go while a run trains: metrics.csv always, Weights & Biases where asked for."""
 
 import csv
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,55 @@ def none() -> None:
     """No logger beside metrics.csv."""
 
 
-def wandb(*, project: str, offline: bool | None = None, **keys: Any) -> Logger:
+def wandb(
+    *,
+    project: str,
+    offline: bool | None = None,
+    entity: str | None = None,
+    tags: list[str] | None = None,
+    notes: str | None = None,
+    save_dir: str = ".",
+    group: str | None = None,
+    name: str | None = None,
+    id: str | None = None,
+) -> Logger:
     """Lightning's W&B logger; offline where nobody is logged in, which it says, and how to sync.
 
     Args:
         project: Of the dashboard.
-        offline: None: if and only if nobody is logged in.
-        **keys: Passed to `lightning.pytorch.loggers.WandbLogger`, such as `entity` and `tags`.
+        offline: None: if and only if nobody is logged in and WANDB_MODE says nothing.
+        entity: The account or team; None is that of whoever is logged in.
+        tags: Of the run.
+        notes: Of the run.
+        save_dir: Set by the run, as are the following.
+        group: The experiment's name.
+        name: The run's id, as is `id`.
+        id: By which a resumed run goes on in the same place.
     """
     import wandb as library
     from lightning.pytorch.loggers import WandbLogger
 
-    if offline is None:
+    if offline is None and "WANDB_MODE" not in os.environ:
         offline = not library.api.api_key
         if offline:
-            folder = Path(keys.get("save_dir", ".")) / "wandb"
-            print(f"W&B: nobody is logged in, so this run is kept offline. To send it: wandb login && "
-                  f"wandb sync {folder}/offline-run-*")  # fmt: skip
-    return WandbLogger(project=project, offline=offline, **keys)
+            folder = Path(save_dir) / "wandb"
+            print(
+                "W&B: nobody is logged in, so this run is kept offline. To send it: wandb login "
+                f"&& wandb sync {folder}/offline-run-*",
+                file=sys.stderr,
+            )
+    return WandbLogger(
+        project=project,
+        offline=bool(offline),
+        entity=entity,
+        tags=tags,
+        notes=notes,
+        save_dir=save_dir,
+        group=group,
+        name=name,
+        id=id,
+        resume="allow",
+    )
 
 
 class MetricsFile(Logger):
@@ -58,10 +91,12 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
+        """What Lightning calls it."""
         return "metrics.csv"
 
     @property
     def version(self) -> str:
+        """None: one run, one file."""
         return ""
 
     @rank_zero_only
@@ -69,7 +104,7 @@ class MetricsFile(Logger):
         """Nothing: config.yaml has them."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, float | int], step: int | None = None) -> None:
         """Writes one row; `epoch`, which Lightning adds to everything, is left out."""
         row = {name: f"{value:.8g}" for name, value in metrics.items() if name in METRICS}
         if row:

@@ -1,13 +1,15 @@
 """Where models and data meet: what only both together can tell, checked before a weight is read."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from neo.config import ConfigError
-from neo.models.causal_lm import CausalLM
-from neo.models.student import build_meta_student, trained_parameters
+from neo.data.datamodule import DataModule, peek
+from neo.models.causal_lm import CausalLM, head_of
+from neo.models.student import build_meta_student, inner, trained_parameters
 from neo.models.tokenizers import num_token_ids, tokenizer_differences
 from neo.models.variants import Variant
 from neo.teachers.online import OnlineTeacher
@@ -36,7 +38,35 @@ class Meeting:
     notes: list[str]
 
 
-def meet(student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_length: int) -> Meeting:
+def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, DataModule]:
+    """The models met and the rows opened, before a weight is read.
+
+    Raises:
+        ConfigError: With the problems of both.
+    """
+    problems: list[str] = []
+    student, max_length = specs["student"], specs["data"].max_length
+    try:
+        meeting = meet(student, specs["teacher"], specs["lora"], max_length)
+        tokenizer = meeting.tokenizer
+    except ConfigError as error:
+        problems += error.problems
+        tokenizer = None
+        with suppress(ValueError):
+            tokenizer = student.tokenizer()
+    try:
+        data = _open_data(specs["data"], tokenizer, config)
+    except ValueError as error:
+        problems += error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+    if problems:
+        raise ConfigError(problems)
+    assert data is not None  # there is a tokenizer where the models have met
+    return meeting, data
+
+
+def meet(
+    student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_length: int
+) -> Meeting:
     """Checks the student, the teacher and the branch against each other.
 
     Raises:
@@ -57,7 +87,9 @@ def meet(student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_le
     for role, meta in metas.items():
         longest = getattr(meta.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and max_length > longest:
-            problems.append(f"data.max_length={max_length}: the {role} takes at most {longest} tokens")
+            problems.append(
+                f"data.max_length={max_length}: the {role} takes at most {longest} tokens"
+            )
     if len(metas) == len(models):
         vocab = num_token_ids(tokenizers["student"])
         if teacher is not None:
@@ -68,19 +100,26 @@ def meet(student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_le
             else:
                 problems += [f"teacher.path={teacher.path!r}: {line}" for line in said]
         for role, meta in metas.items():
-            rows = meta.get_output_embeddings().weight.shape[0]
+            try:
+                rows = head_of(meta)[0].shape[0]
+            except ValueError as error:
+                problems.append(f"{role}.path={models[role].path!r}: {error}")
+                continue
             if rows < vocab:
                 problems.append(
                     f"{role}.path={models[role].path!r}: its head has {rows} rows, "
                     f"the student's tokenizer {vocab} ids"
                 )
             elif rows > vocab:
-                notes.append(f"the {role}'s head has {rows} rows, of which the first {vocab} are used")
+                notes.append(
+                    f"the {role}'s head has {rows} rows, of which the first {vocab} are used"
+                )
     trained: dict[str, nn.Parameter] = {}
     if "student" in metas:
         try:
             whole = build_meta_student(student, lora)
             trained = trained_parameters(whole)
+            head_of(inner(whole))
         except ValueError as error:
             text = str(error)
             problems.append(text if text.startswith("lora.") else f"lora: {text}")
@@ -97,3 +136,24 @@ def meet(student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_le
         trained_tensors={name: tuple(p.shape) for name, p in trained.items()},
         notes=notes,
     )
+
+
+def _open_data(spec: Any, tokenizer: Any, config: dict[str, Any]) -> DataModule | None:
+    """The rows, opened: a missing or malformed file is found before a weight is read.
+
+    Without a tokenizer (there was no student to take it from) only the files are looked at.
+
+    Raises:
+        ValueError: They cannot be read, or none of them can be trained on.
+    """
+    if tokenizer is None:
+        spec.rows()
+        return None
+    data = DataModule(spec, tokenizer, seed=config["seed"])
+    data.setup("fit")
+    peek(data, 1)
+    if data.num_rows is None and config["trainer"]["max_steps"] <= 0:
+        raise ConfigError(
+            ["trainer.max_steps=-1: must be set, the length of this data is not known"]
+        )
+    return data

@@ -50,8 +50,9 @@ class NeoModule(L.LightningModule):
         self.loss, self.optim, self.vocab, self.seed = loss, optim, vocab, seed
         self.strict_loading = False
         self.built = False
-        self.num_tokens = torch.tensor(0)  # supervised tokens trained on, all ranks; stays on the device
+        self.num_tokens = torch.tensor(0)  # supervised, trained on by all ranks; on the device
         self.rows_in_epoch = 0
+        self.rows_in_step = 0
         self.step_sums: TokenSums | None = None  # of the optimizer step under way
         self.val_sums: TokenSums | None = None
 
@@ -89,22 +90,15 @@ class NeoModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """The loss as a sum over tokens; `on_before_optimizer_step` divides, once."""
         sums = self.token_sums(batch, with_teacher=self.loss.kd_ratio > 0)
+        rows = batch.num_rows + batch.report.num_bad
+        self.rows_in_step = rows + (0 if self.step_sums is None else self.rows_in_step)
         so_far = sums.detach()
         self.step_sums = so_far if self.step_sums is None else self.step_sums + so_far
-        self.rows_in_epoch += batch.report.rows
         data = cast(Any, self.trainer).datamodule
         data.add_report(batch.report)
-        data.position = (self.current_epoch, batch_idx + 1)
+        first = data.position[1] == 1
+        self.rows_in_epoch = rows + (0 if first else self.rows_in_epoch)
         return sums.loss
-
-    def on_train_epoch_start(self) -> None:
-        """Counts rows anew, unless the epoch goes on where a checkpoint left it."""
-        if cast(Any, self.trainer).datamodule.position[1] == 0:
-            self.rows_in_epoch = 0
-
-    def on_train_epoch_end(self) -> None:
-        """The next epoch begins at its first batch."""
-        cast(Any, self.trainer).datamodule.position = (self.current_epoch + 1, 0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes every gradient the mean over all supervised tokens of this step, before clipping.
@@ -130,7 +124,8 @@ class NeoModule(L.LightningModule):
         }
         norm = nn.utils.get_total_norm(gradients)
         self.log_dict(
-            means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": self.num_tokens.float()}
+            means
+            | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": self.num_tokens.float()}
         )
 
     def progress(self) -> float:
@@ -140,10 +135,12 @@ class NeoModule(L.LightningModule):
         if trainer.max_steps > 0:
             shares.append((trainer.global_step + 0.5) / trainer.max_steps)
         if trainer.max_epochs and trainer.max_epochs > 0 and trainer.datamodule.num_rows:
-            # The rows of this step are read already; half of them lie behind its middle, which
-            # is as good as exact where an epoch has more than a few steps.
-            rows = self.rows_in_epoch * trainer.world_size
-            shares.append((self.current_epoch + rows / trainer.datamodule.num_rows) / trainer.max_epochs)
+            # The rows of this step are counted already: half of them lie behind its middle.
+            epoch = trainer.datamodule.position[
+                0
+            ]  # Lightning's own can be one ahead after a resume
+            rows = (self.rows_in_epoch - self.rows_in_step / 2) * trainer.world_size
+            shares.append((epoch + rows / trainer.datamodule.num_rows) / trainer.max_epochs)
         return min(1.0, max(shares, default=0.0))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -192,8 +189,8 @@ class NeoModule(L.LightningModule):
         if expected.keys() != state_dict.keys():
             differing = sorted(expected.keys() ^ state_dict.keys())
             raise ValueError(
-                f"the checkpoint holds other weights than this run trains: {len(differing)} differ, "
-                f"such as {differing[0]}"
+                "the checkpoint holds other weights than this run trains: "
+                f"{len(differing)} differ, such as {differing[0]}"
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -211,7 +208,7 @@ class NeoModule(L.LightningModule):
         self.num_tokens, self.rows_in_epoch = kept["num_tokens"], kept["rows_in_epoch"]
         self.restored_rng = kept["rng"]
 
-    def on_train_start(self) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the random state last, after everything that set-up has drawn."""
         if (rng := getattr(self, "restored_rng", None)) is not None:
             torch.set_rng_state(rng.cpu())

@@ -26,7 +26,7 @@ class AdamW:
 
     lr: float
     base_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, ...] | list[float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     schedule: str = "cosine"
@@ -43,7 +43,9 @@ class AdamW:
         if self.weight_decay < 0:
             problems.append(f"optim.weight_decay={self.weight_decay}: must not be negative")
         if self.schedule not in SCHEDULES:
-            problems.append(f"optim.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+            problems.append(
+                f"optim.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}"
+            )
         if not 0 <= self.warmup_ratio < 1:
             problems.append(f"optim.warmup_ratio={self.warmup_ratio}: must lie in [0, 1)")
         if problems:
@@ -58,7 +60,9 @@ class AdamW:
             for group, decay in ((matrices, self.weight_decay), (vectors, 0.0))
             if group
         ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        return torch.optim.AdamW(
+            groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps
+        )
 
     def rate(self, progress: float) -> float:
         """The learning rate at a point of the run, 0 its beginning and 1 its end.
@@ -73,4 +77,6 @@ class AdamW:
         if self.schedule == "constant":
             return self.lr
         left = (1 - progress) / (1 - self.warmup_ratio)
-        return self.lr * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+        return self.lr * (
+            left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+        )

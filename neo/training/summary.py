@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from neo.data.datamodule import DataModule, peek
-from neo.data.packing import Batch
 from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
@@ -16,28 +15,36 @@ from neo.training.meet import Meeting
 
 
 def print_plan(
-    console: Console, config: dict[str, Any], folder: Path, meeting: Meeting, data: DataModule
+    console: Console,
+    config: dict[str, Any],
+    specs: dict[str, Any],
+    folder: Path,
+    meeting: Meeting,
+    data: DataModule,
 ) -> None:
     """Says what trains, how many parameters, steps and tokens, and where the outputs go."""
     table = _table(f"{config['experiment_name']}: method={config['method']['name']}")
     whole, trained = meeting.num_parameters, meeting.num_trainable_parameters
     table.add_row("student", f"{config['student']['path']}  {whole:,} parameters")
-    what = f"{trained:,} parameters ({trained / whole:.1%}) in {len(meeting.trained_tensors)} tensors"
+    what = (
+        f"{trained:,} parameters ({trained / whole:.1%}) in {len(meeting.trained_tensors)} tensors"
+    )
     kinds = Counter(_layer(name) for name in meeting.trained_tensors)
     table.add_row("trained", f"{what}: {', '.join(sorted(kinds))}")
     teacher = config["teacher"].get("path")
     size = f"{teacher}  {meeting.num_teacher_parameters:,} parameters" if teacher else "none"
     table.add_row("teacher", size)
-    loss = config["loss"]
-    divergence = loss["divergence"]["_target_"].rpartition(".")[2]
+    loss, optim = specs["loss"], specs["optim"]
+    divergence = getattr(loss.divergence, "func", loss.divergence).__name__
     table.add_row(
         "loss",
-        f"{1 - loss['kd_ratio']:g} * ce + {loss['kd_ratio']:g} * {divergence} at T={loss['temperature']:g}",
+        f"{1 - loss.kd_ratio:g} * ce + {loss.kd_ratio:g} * {divergence} at T={loss.temperature:g}",
     )
     table.add_row("data", _rows(config, data))
     table.add_row("steps", _steps(config, data))
-    optim = config["optim"]
-    table.add_row("optimizer", f"AdamW, lr {optim['lr']:g}, {optim['schedule']}, warm-up {optim['warmup_ratio']:.0%}")
+    table.add_row(
+        "optimizer", f"AdamW, lr {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup_ratio:.0%}"
+    )
     for note in meeting.notes:
         table.add_row("note", note)
     table.add_row("outputs", str(folder))
@@ -55,7 +62,10 @@ def print_result(console: Console, record: RunRecord, folder: Path) -> None:
     table.add_row("supervised tokens", f"{record.num_tokens or 0:,}")
     rows = record.rows
     bad = ", ".join(f"{count} {reason}" for reason, count in rows.get("bad", {}).items()) or "none"
-    table.add_row("rows", f"{rows.get('read', 0):,} read, {rows.get('truncated', 0):,} truncated, unusable: {bad}")
+    table.add_row(
+        "rows",
+        f"{rows.get('read', 0):,} read, {rows.get('truncated', 0):,} truncated, unusable: {bad}",
+    )
     table.add_row("time", f"{record.seconds or 0:,.1f} s")
     table.add_row("outputs", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     console.print(table)
@@ -74,35 +84,26 @@ def _steps(config: dict[str, Any], data: DataModule) -> str:
     accumulate = trainer["accumulate_grad_batches"]
     sample = peek(data, 4)
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in sample) / len(sample)
-    rows_per_batch = sum(_num_examples(batch) for batch in sample) / len(sample)
+    rows_per_batch = sum(batch.num_rows for batch in sample) / len(sample)
     micro = f"{spec.batch_size} x {accumulate} sequences of at most {spec.max_length} tokens"
     per_step = tokens * accumulate
-    if trainer["max_steps"] > 0:
-        steps = trainer["max_steps"]
-        return f"{steps:,} of {micro}, about {steps * per_step:,.0f} supervised tokens"
-    assert data.num_rows is not None  # checked when the data was opened
-    epochs = trainer["max_epochs"]
-    steps = epochs * data.num_rows / max(1.0, rows_per_batch) / accumulate
-    return (
-        f"about {steps:,.0f} ({epochs} epoch{'s' * (epochs != 1)}) of {micro}, "
-        f"about {steps * per_step:,.0f} supervised tokens"
-    )
+    steps, epochs = trainer["max_steps"], trainer["max_epochs"] or -1
+    if epochs > 0 and data.num_rows is not None:
+        by_epochs = epochs * data.num_rows / max(1.0, rows_per_batch) / accumulate
+        if steps <= 0 or by_epochs < steps:
+            return (
+                f"about {by_epochs:,.0f} ({epochs} epoch{'s' * (epochs != 1)}) of {micro}, "
+                f"about {by_epochs * per_step:,.0f} supervised tokens"
+            )
+    return f"{steps:,} of {micro}, about {steps * per_step:,.0f} supervised tokens"
 
 
 def _layer(name: str) -> str:
     """The kind of layer a tensor belongs to: q_proj, embed_tokens, norm."""
-    parts = [p for p in name.split(".") if p not in ("weight", "bias", "default", "lora_A", "lora_B")]
+    parts = [
+        p for p in name.split(".") if p not in ("weight", "bias", "default", "lora_A", "lora_B")
+    ]
     return parts[-1]
-
-
-def _num_examples(batch: Batch) -> int:
-    """How many rows lie in a batch; its report counts those read, and packing reads ahead."""
-    starts = (batch.position_ids == 0).nonzero().tolist()
-    ends = [*starts[1:], [len(batch.targets), 0]]
-    return sum(
-        bool((batch.targets[row, at : end if row == end_row else None] != IGNORE).any())
-        for (row, at), (end_row, end) in zip(starts, ends, strict=True)
-    )
 
 
 def _rows(config: dict[str, Any], data: DataModule) -> str:

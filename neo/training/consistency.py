@@ -1,0 +1,81 @@
+"""What the parts of a run's config must be to each other: methods, teacher, branch, answers."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from neo.config import SPECS, ConfigError, group_problems
+from neo.training.trainer import trainer_problems
+
+METHODS = ("sft", "lora", "kd", "neo")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks all that needs no model and no row.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    problems = list(group_problems(config))
+    if not any(problem.startswith("trainer") for problem in problems):
+        problems += trainer_problems(config["trainer"])
+    if not all(isinstance(config[key], dict) for key in SPECS):
+        raise ConfigError(problems)
+    if problems := problems + list(run_problems(config)):
+        raise ConfigError(problems)
+
+
+def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between the groups, and with the root keys."""
+    yield from _method_problems(config)
+    data = config["data"]
+    mini = data.get("_target_") == "neo.data.mini_data.MiniData"
+    split = config["eval_split"]
+    if split not in (None, "val", "test"):
+        yield f"eval_split={split!r}: must be null, val or test"
+    elif split and not mini:
+        yield f"eval_split={split!r}: only data=mini has rows with exact answers; use null"
+    elif split == "val" and data.get("num_val_rows") == 0:
+        yield "eval_split='val': data.num_val_rows=0 leaves no rows to answer"
+    if config["checkpoint_every_n_steps"] < 1:
+        yield f"checkpoint_every_n_steps={config['checkpoint_every_n_steps']}: must be at least 1"
+    name = config["experiment_name"]
+    if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", name) or any(
+        not part.strip(".") for part in name.split("/")
+    ):
+        yield (
+            f"experiment_name={name!r}: must be a name of letters, digits, '_', '.', '+' and '-', "
+            "with '/' between folders; it becomes a folder below runs/"
+        )
+    if not 0 <= config["seed"] < 2**32:
+        yield f"seed={config['seed']}: must lie in [0, 2**32)"
+
+
+def _method_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What the paper's four methods mean, against what was asked for."""
+    method = config["method"]
+    name = method.get("name") if isinstance(method, Mapping) else method
+    if name not in METHODS:
+        yield f"method.name={name!r}: must be one of {', '.join(METHODS)}"
+        return
+    branch = config["lora"].get("_target_") != "neo.models.variants.none"
+    if name in ("sft", "kd") and branch:
+        yield f"lora: method={name} trains all weights; use lora=none, or method=lora or neo"
+    if name in ("lora", "neo") and not branch:
+        yield (
+            f"lora: method={name} trains a LoRA branch, lora=none trains all weights; "
+            "choose a variant, or method=sft or kd"
+        )
+    kd_ratio = config["loss"].get("kd_ratio")
+    if not isinstance(kd_ratio, int | float):
+        return  # its type is another problem
+    if name in ("sft", "lora") and kd_ratio != 0:
+        yield (
+            f"loss.kd_ratio={kd_ratio}: method={name} has no teacher in its loss; "
+            "use 0, or method=kd or neo"
+        )
+    if kd_ratio > 0 and not config["teacher"].get("path"):
+        yield (
+            f"teacher.path=null: loss.kd_ratio={kd_ratio} needs a teacher; "
+            "set teacher.path or loss.kd_ratio=0"
+        )
