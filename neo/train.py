@@ -53,7 +53,7 @@ from neo.training.callbacks import (
 )
 from neo.training.consistency import check_config
 from neo.training.exact_match import exact_match
-from neo.training.loggers import MetricsFile
+from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule
 from neo.training.run_folder import recorded_run
@@ -175,6 +175,8 @@ class Run:
             error = f"{type(exception).__name__}: {exception}".splitlines()[0]
         choices, overrides = _hydra_choices()
         trainer = self.__dict__.get("trainer")
+        for logger in [] if trainer is None else trainer.loggers:
+            finish(logger, ok=status == "ok")
         gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         record = RunRecord(
             run_id=self.identity,

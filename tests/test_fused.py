@@ -389,6 +389,15 @@ def test_a_teacher_that_rules_ids_out_by_its_bias_gives_no_nan(divergence):
     torch.testing.assert_close(case.gradients(sums.loss), case.gradients(loss))
 
 
+def test_an_infinite_divergence_that_weighs_nothing_leaves_the_loss_finite():
+    case = Case({"bias": True})
+    case.teacher_head.bias[[2, 5]] = -math.inf
+    sums = case.sums(Distillation(divergence=reverse_kl, kd_ratio=0.0), measure=True)
+    assert sums.kd.isposinf()
+    torch.testing.assert_close(sums.loss.detach(), sums.ce)
+    assert case.gradients(sums.loss)[0].isfinite().all()
+
+
 def test_logits_of_80_and_a_one_hot_teacher_give_the_loss_of_full_logits():
     case = Case(dtype=torch.float32)
     with torch.no_grad():

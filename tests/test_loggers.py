@@ -1,6 +1,7 @@
 import csv
 
 import pytest
+from fits import fit
 
 from neo.results.metrics import METRICS
 from neo.training.loggers import MetricsFile, none, wandb
@@ -68,10 +69,10 @@ def test_a_run_is_offline_if_and_only_if_nobody_is_logged_in(
 ):
     import wandb as library
 
-    monkeypatch.setattr(library, "api", type("Api", (), {"api_key": "x" if logged_in else None}))
+    monkeypatch.setattr(library, "login", lambda prompt, verify: logged_in)
     logger = wandb(project="p", save_dir=str(wandb_sandbox), name="n", id="i", group="g")
     said = capsys.readouterr().err
-    assert logger._offline is not logged_in
+    assert logger._wandb_init["mode"] == (None if logged_in else "offline")
     assert ("wandb sync" in said) is not logged_in
     if not logged_in:
         assert f"wandb sync {wandb_sandbox}/wandb/offline-run-*" in said
@@ -79,7 +80,8 @@ def test_a_run_is_offline_if_and_only_if_nobody_is_logged_in(
 
 
 def test_what_the_user_says_of_being_online_counts(wandb_sandbox, monkeypatch, capsys):
-    assert wandb(project="p", offline=True, save_dir=str(wandb_sandbox))._offline
+    given = wandb(project="p", offline=True, save_dir=str(wandb_sandbox))
+    assert given._wandb_init["mode"] == "offline"
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb(project="p", save_dir=str(wandb_sandbox))
     assert capsys.readouterr().err == ""
@@ -103,3 +105,20 @@ def test_an_offline_run_is_written_below_the_run_and_asks_no_network(wandb_sandb
     logger.experiment.finish()
     (folder,) = (wandb_sandbox / "run" / "wandb").glob("offline-run-*-abc")
     assert list(folder.glob("*.wandb"))
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_process_are_two_runs_of_wandb(
+    wandb_sandbox, student_dir, monkeypatch, capfd
+):
+    monkeypatch.chdir(wandb_sandbox)
+    records = [
+        fit(student_dir, None, wandb_sandbox / f"run{seed}", "method=lora", "logger=wandb",
+            "trainer.max_steps=2", f"seed={seed}", "data.val_share=0.3")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    for seed, record in enumerate(records):
+        (folder,) = (wandb_sandbox / f"run{seed}" / "wandb").glob("offline-run-*")
+        assert folder.name.endswith(record.run_id)
+    assert capfd.readouterr().err.count("wandb sync") == 2
+    assert not (wandb_sandbox / "wandb").exists()

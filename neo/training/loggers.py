@@ -45,7 +45,7 @@ def wandb(
     from lightning.pytorch.loggers import WandbLogger
 
     if offline is None and "WANDB_MODE" not in os.environ:
-        offline = not library.api.api_key
+        offline = not library.login(prompt=False, verify=False)
         if offline:
             folder = Path(save_dir) / "wandb"
             print(
@@ -55,7 +55,9 @@ def wandb(
             )
     return WandbLogger(
         project=project,
-        offline=bool(offline),
+        # Lightning's `offline` sets WANDB_MODE, which wandb no longer reads once it has started,
+        # and which would hold for all later jobs of a sweep.
+        mode="offline" if offline else None,
         entity=entity,
         tags=tags,
         notes=notes,
@@ -63,8 +65,16 @@ def wandb(
         group=group,
         name=name,
         id=id,
-        resume="allow",
+        resume=None if offline else "allow",
     )
+
+
+def finish(logger: Logger, *, ok: bool) -> None:
+    """Ends a W&B run, so that the next job of a sweep begins one of its own."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish(exit_code=0 if ok else 1)
 
 
 class MetricsFile(Logger):

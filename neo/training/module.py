@@ -117,16 +117,21 @@ class NeoModule(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.num_tokens = self.num_tokens.to(tokens.device) + tokens
+        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
+            self._log_step(sums, tokens, gradients, lr)
+
+    def _log_step(
+        self, sums: TokenSums, tokens: Tensor, gradients: list[Tensor], lr: float
+    ) -> None:
+        """Logs a step; only every so many, since a call of `log` costs as much as a small step."""
         means = {
             f"train/{name}": value / tokens.clamp(min=1)
             for name in ("loss", "ce", "kd")
             if (value := getattr(sums, name)) is not None
         }
         norm = nn.utils.get_total_norm(gradients)
-        self.log_dict(
-            means
-            | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": self.num_tokens.float()}
-        )
+        seen = self.num_tokens.float()
+        self.log_dict(means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": seen})
 
     def progress(self) -> float:
         """How much of the run lies behind the middle of this step, in [0, 1]."""
