@@ -23,7 +23,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY) ## the main job: sft, lora, kd and neo over three seeds, then table and figure
-	$(SMALL) $(BIN)/python -m neo.train experiment=mini
+	@# two processes, one for each core that a small machine has
+	$(SMALL) $(BIN)/python -m neo.train experiment=mini 'hydra.sweeper.params.method="lora,kd"' & \
+		$(SMALL) $(BIN)/python -m neo.train experiment=mini 'hydra.sweeper.params.method="sft,neo"' \
+		&& wait $$!
 	$(BIN)/python -m neo.report mini runs=runs out=experiments/mini
 
 test: $(READY) ## the tests
