@@ -1,5 +1,8 @@
 """The plain way: transformers' Trainer, PEFT, padded batches, full logits of both models.
 
+The cross-entropy is the model's own loss, as in Trainer and in the code released with the paper.
+With `--gathered` it is computed on the supervised rows of the logits alone, which is less work.
+
 Run by `step.py` in a process of its own; prints one line of JSON.
 """
 
@@ -33,19 +36,21 @@ class DistillationTrainer(Trainer):
     """Trainer with `(1 - r) * ce + r * KL(teacher || student)` over supervised tokens."""
 
     teacher: PreTrainedModel
+    gathered: bool
     num_tokens = 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
         """Loss per supervised token of the batch."""
-        labels = inputs.pop("labels")[:, 1:]
-        keep = labels != -100
+        labels = inputs.pop("labels")
+        keep = labels[:, 1:] != -100
         self.num_tokens += int(keep.sum())
-        student = model(**inputs).logits[:, :-1][keep]
+        outputs = model(**inputs, labels=None if self.gathered else labels)
+        student = outputs.logits[:, :-1][keep]
         with torch.no_grad():
             teacher = self.teacher(**inputs).logits[:, :-1][keep]
-        ce = F.cross_entropy(student, labels[keep])
+        ce = F.cross_entropy(student, labels[:, 1:][keep]) if self.gathered else outputs.loss
         kd = F.kl_div(
             F.log_softmax(student, -1),
             F.log_softmax(teacher, -1),
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gathered", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
@@ -129,6 +135,7 @@ def main() -> None:
         callbacks=[clock],
     )
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    trainer.gathered = arguments.gathered
     trainer.teacher = teacher.requires_grad_(False).eval()
     loss = trainer.train().training_loss
     result = {

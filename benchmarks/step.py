@@ -34,7 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 BATCH, R, LR = 8, 16, 2e-4
 TARGET_SPEED, TARGET_MEMORY = 2.5, 0.6
 SIDES = {
-    "plain": "transformers' Trainer, PEFT, padded to the longest of 8 rows, full logits",
+    "plain": "transformers' Trainer, PEFT, padded batches of 8, full logits, the model's own CE",
+    "plain_gathered": "the same, CE and KL on the supervised rows of the logits alone",
     "neo": "python -m neo.train data.packing=false: 8 rows of like length a step",
     "neo_packed": f"python -m neo.train: rows packed into 8 sequences of {MAX_LENGTH} a step",
 }
@@ -60,7 +61,7 @@ def main() -> None:
                 result = run_side(side, folder, arguments.threads, seed=number)
                 runs[side].append(result)
                 console.print(
-                    f"run {number + 1} {side:10} {result['tokens_per_s']:7.0f} tokens/s "
+                    f"run {number + 1} {side:14} {result['tokens_per_s']:7.0f} tokens/s "
                     f"{result['peak_gib']:.2f} GiB"
                 )
             rates.append(matmul_rate())
@@ -92,9 +93,10 @@ def run_side(side: str, folder: Path, threads: int, seed: int) -> dict[str, floa
             raise SystemExit(f"{side}: {done.stderr[-3000:]}")
         return done.stdout
 
-    if side == "plain":
+    if side.startswith("plain"):
         script = Path(__file__).resolve().parent / "plain.py"
         options = [f"--batch={BATCH}", f"--r={R}", f"--lr={LR}", f"--seed={seed}"]
+        options += ["--gathered"] if side == "plain_gathered" else []
         return json.loads(call(str(script), ".", *options).splitlines()[-1])
     call(
         *("-m", "neo.train", "data=jsonl", "data.path=rows.jsonl", "data.val_share=0"),

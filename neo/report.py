@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from neo.results.figures import draw_figure
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
 from neo.results.table_spec import TableSpec, read_table_spec
-from neo.results.tables import Table, build_table, headers, lines, render_csv, render_markdown
+from neo.results.tables import Table, build_table, cells, render_csv, render_markdown
 
 USAGE = """\
 python -m neo.report NAME [runs=DIR] [experiments=DIR] [out=DIR]
@@ -154,17 +154,27 @@ def _write(table: Table, curves: dict[str, Path], folder: Path) -> None:
 
 
 def _print(table: Table) -> None:
+    """Prints a table a group, turned: a terminal has room for many lines and for few columns."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a log file has no edge to wrap at
-    shown = RichTable(title=table.spec.title, title_justify="left")
-    names = headers(table)
-    for i, name in enumerate(names):
-        is_number = i >= names.index("n")
-        shown.add_column(name, justify="right" if is_number else "left", no_wrap=not is_number)
-    for line in lines(table):
-        shown.add_row(*(_styled(text) for text in line))
-    console.print(shown)
+        console = Console(width=160)  # a log file has no edge to wrap at
+    shown = cells(table)
+    for group in dict.fromkeys(row.spec.group for row in table.rows if not row.spec.reference):
+        rows = [
+            (row, line)
+            for row, line in zip(table.rows, shown, strict=True)
+            if row.spec.group == group or (row.spec.reference and not row.spec.group)
+        ]
+        title = (
+            f"{table.spec.title} ({table.spec.group_label}: {group})" if group else table.spec.title
+        )
+        turned = RichTable(title=title, title_justify="left")
+        turned.add_column("", no_wrap=True)
+        for row, _ in rows:
+            turned.add_column(f"{row.spec.label}, n={len(row.runs)}", justify="right")
+        for number, column in enumerate(table.spec.columns):
+            turned.add_row(column.header, *(_styled(line[number]) for _, line in rows))
+        console.print(turned)
     for label, run in table.failed:
         console.print(f"not finished: {label}, seed {run.seed}, {run.run_id}: {run.status}")
     for run in table.unmatched:

@@ -103,7 +103,8 @@ def test_micro_batches_of_any_size_give_the_same_weights(
     for rows, accumulate in ((8, 1), (4, 2), (1, 8)):
         fit(
             student_dir, teacher_dir, tmp_path / str(rows), f"method={method}",
-            f"data.path={eight_rows}", f"data.batch_size={rows}", "data.packing=false", *CONSTANT[:2],
+            f"data.path={eight_rows}", f"data.batch_size={rows}", *CONSTANT[:2],
+            "data.packing=false",
             f"trainer.accumulate_grad_batches={accumulate}", "trainer.max_epochs=3",
             "trainer.gradient_clip_val=0.1", "optim.lr=0.002",
         )  # fmt: skip

@@ -1,4 +1,5 @@
 import shutil
+
 import pytest
 from example_runs import example_run
 
