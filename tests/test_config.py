@@ -7,7 +7,6 @@ from lab import compose
 
 from neo.config import (
     GROUPS,
-    WHERE_IT_RAN,
     ConfigError,
     build,
     conf_dir,
@@ -36,7 +35,12 @@ def changed(config, path, value):
     return config
 
 
-@pytest.mark.parametrize("path", WHERE_IT_RAN)
+@pytest.mark.parametrize(
+    "path",
+    ["logger", "run_dir", "experiment_name", "dry_run", "rerun", "trainer.accelerator",
+     "trainer.devices", "trainer.num_nodes", "trainer.enable_progress_bar",
+     "trainer.log_every_n_steps"],
+)  # fmt: skip
 def test_where_and_how_loudly_a_run_ran_does_not_change_its_id(path, default):
     assert run_id(changed(default, path, "other")) == run_id(default)
 

@@ -68,8 +68,8 @@ class AdamW:
         """The learning rate at a point of the run, 0 its beginning and 1 its end.
 
         Example:
-            >>> [AdamW(lr=1.0, warmup_ratio=0.5).rate(p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
-            [0.0, 0.5, 1.0, 0.5, 0.0]
+            >>> [round(AdamW(lr=1.0, warmup_ratio=0.5).rate(p), 9) for p in (0.0, 0.25, 0.5, 1.0)]
+            [0.0, 0.5, 1.0, 0.0]
         """
         progress = min(max(progress, 0.0), 1.0)
         if progress < self.warmup_ratio:
