@@ -37,7 +37,7 @@ SIDES = {
     "plain": "transformers' Trainer, PEFT, padded batches of 8, full logits, the model's own CE",
     "plain_gathered": "the same, CE and KL on the supervised rows of the logits alone",
     "neo": "python -m neo.train data.packing=false: 8 rows of like length a step",
-    "neo_packed": f"python -m neo.train: rows packed into 8 sequences of {MAX_LENGTH} a step",
+    "neo_packed": f"python -m neo.train, the default: rows packed into 8 sequences of {MAX_LENGTH} a step",
 }
 
 
@@ -106,9 +106,10 @@ def run_side(side: str, folder: Path, threads: int, seed: int) -> dict[str, floa
         *("trainer=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"),
         *(f"seed={seed}", f"run_dir={side}_{seed}"),
     )
-    metrics = json.loads((folder / f"{side}_{seed}" / "record.json").read_text())["metrics"]
+    record = json.loads((folder / f"{side}_{seed}" / "record.json").read_text())
+    metrics = record["metrics"]
     return {
-        "tokens": metrics["train/tokens"],
+        "tokens": record["num_tokens"],
         "tokens_per_s": metrics["perf/tokens_per_s"],
         "peak_gib": metrics["perf/peak_mem_gib"],
     }
@@ -250,13 +251,13 @@ def as_table(report: dict[str, Any]) -> Table:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One line: whether both targets are met."""
-    speed, memory = report["speed_over_plain"]["neo"], report["memory_over_plain"]["neo"]
-    met = speed >= TARGET_SPEED and memory <= TARGET_MEMORY
-    return (
-        f"{speed:.2f} x the tokens/s (target {TARGET_SPEED}) at {memory:.0%} of the memory "
-        f"(target {TARGET_MEMORY:.0%}): {'met' if met else 'NOT met'}"
-    )
+    """One line: what both ways of ours reach, against the target."""
+    reached = [
+        f"{side}: {report['speed_over_plain'][side]:.2f} x the tokens/s at "
+        f"{report['memory_over_plain'][side]:.0%} of the memory"
+        for side in ("neo", "neo_packed")
+    ]
+    return f"{'; '.join(reached)} (target {TARGET_SPEED} x at {TARGET_MEMORY:.0%})"
 
 
 def as_markdown(report: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ def fit(student: Path, teacher: Path | None, folder: Path, *overrides: str) -> R
             "data.max_length=128",
             "data.val_share=0",
             *([] if {"method=sft", "method=kd"} & set(overrides) else ["lora.r=4"]),
-            "trainer=cpu",
+            *([] if any(o.startswith("trainer=") for o in overrides) else ["trainer=cpu"]),
             "trainer.enable_progress_bar=false",
             "trainer.log_every_n_steps=1",
             f"student.path={student}",

@@ -226,3 +226,23 @@ def test_metrics_csv_has_a_row_per_logged_step(student_dir, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
     assert Path(tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["sft", "neo"])
+def test_a_gpu_trains_in_bf16_and_keeps_what_is_trained_in_fp32(
+    method, student_dir, teacher_dir, tmp_path
+):
+    settings = (
+        f"method={method}",
+        "trainer.max_steps=20",
+        "trainer.max_epochs=-1",
+        "optim.lr=0.01",
+    )
+    record = fit(student_dir, teacher_dir, tmp_path, *settings, "trainer=gpu")
+    assert record.config["trainer"]["precision"] == "bf16-mixed"
+    assert record.metrics["perf/peak_mem_gib"] > 0
+    losses = history(tmp_path, "train/loss")
+    assert losses[-1] < losses[0]
+    assert all(value.dtype == torch.float32 for value in trained(tmp_path).values())
