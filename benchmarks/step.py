@@ -37,7 +37,7 @@ SIDES = {
     "plain": "transformers' Trainer, PEFT, padded batches of 8, full logits, the model's own CE",
     "plain_gathered": "the same, CE and KL on the supervised rows of the logits alone",
     "neo": "python -m neo.train data.packing=false: 8 rows of like length a step",
-    "neo_packed": f"python -m neo.train, the default: rows packed into 8 sequences of {MAX_LENGTH} a step",
+    "neo_packed": f"python -m neo.train, the default: rows packed, 8 x {MAX_LENGTH} a step",
 }
 
 

@@ -81,6 +81,15 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_never_stopped(
         assert history(tmp_path / "cut", name) == history(tmp_path / "whole", name)
 
 
+def test_how_often_a_run_validates_changes_no_weight(student_dir, teacher_dir, tmp_path):
+    settings = ("data.val_share=0.3", "data.batch_size=1", "lora.lora_dropout=0.3", "optim.lr=0.01")
+    for often in (1, 1000):
+        fit(student_dir, teacher_dir, tmp_path / str(often), *settings,
+            f"trainer.val_check_interval={often}", "trainer.max_epochs=2")  # fmt: skip
+    for name, value in trained(tmp_path / "1").items():
+        torch.testing.assert_close(trained(tmp_path / "1000")[name], value, rtol=0, atol=0)
+
+
 def test_a_recorded_run_is_skipped_and_rerun_trains_it_again(student_dir, tmp_path, monkeypatch):
     settings = ("method=sft", "trainer.max_steps=1")
     first = fit(student_dir, None, tmp_path, *settings)

@@ -70,8 +70,8 @@ class EpochLoader:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Its own, or each pass would draw from the generator that dropout draws from, and a
-            # resumed run draws at other moments than one that never stopped.
+            # Its own: a pass would draw from the generator that dropout draws from, and a run that
+            # validates more often would train otherwise.
             generator=torch.Generator().manual_seed(0),
         )
 
