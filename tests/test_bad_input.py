@@ -263,9 +263,10 @@ REFUSED = {
         "q_proj",
     ),
     "pattern that matches nothing": ("lora.target_modules=.*prj", "lora.target_modules=['.*prj']"),
-    "adapter on the head": (
-        "lora.target_modules=[lm_head]",
-        "lora: the head of LlamaForCausalLM is a peft",
+    "DoRA on the head": (
+        "lora.target_modules=[lm_head] lora.use_dora=true",
+        "lora: the head of LlamaForCausalLM has a LoRA branch of the variant Dora",
+        "legal are a plain torch.nn.Linear, one plain LoRA branch",
     ),
     "data file missing": ("data.path={lab}/none.jsonl", "none.jsonl", "no such file or folder"),
     "row that is not JSON": ("data.path={lab}/broken.jsonl", "broken.jsonl, line 3: not JSON"),

@@ -5,11 +5,10 @@ import pytest
 import torch
 from lab import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlamaForCausalLM
 
 from neo.models import causal_lm
-from neo.models.causal_lm import CausalLM, head_of, hidden_states, logit_transform
+from neo.models.causal_lm import CausalLM, hidden_states
 
 CPU = torch.device("cpu")
 
@@ -28,34 +27,6 @@ def families(tmp_path_factory):
     return {family: tiny_model(folder / family, family=family) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_made_of_hidden_states_are_the_models_own(family, families):
-    model = load(families[family])
-    input_ids = ids(2, 9)
-    positions = torch.arange(9).expand(2, -1)
-    with torch.no_grad():
-        expected = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-        hidden = hidden_states(model, input_ids, positions)
-        (weight, bias), (multiplier, softcap) = head_of(model), logit_transform(model)
-    logits = nn.functional.linear(hidden, weight, bias) * multiplier
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    torch.testing.assert_close(logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [
-        ("llama", (1.0, None)),
-        ("gemma2", (1.0, 0.5)),
-        ("granite", (0.125, None)),
-        ("cohere", (0.0625, None)),
-    ],
-)
-def test_what_a_family_does_to_its_logits_is_read_from_its_config(family, expected, families):
-    assert logit_transform(load(families[family])) == expected
-
-
 class Biased(LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -67,15 +38,6 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(student_dir, 
     monkeypatch.setattr(causal_lm.AutoModelForCausalLM, "from_pretrained", Biased.from_pretrained)
     with pytest.raises(ValueError, match="Biased does more to its logits"):
         load(student_dir)
-
-
-def test_a_head_with_an_adapter_is_refused_by_name(student_dir):
-    from peft import LoraConfig, get_peft_model
-
-    model = load(student_dir)
-    get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match=r"is a peft.*must be a plain torch.nn.Linear"):
-        head_of(model)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ def token_sums(scale, *, teacher=True):
         ce=number(2),
         kd=number(3) if teacher else None,
         tokens=torch.tensor(4 * scale),
-        agree=torch.tensor(5 * scale) if teacher else None,
-        teacher_mass_out=number(6) if teacher else None,
+        student_entropy=number(5),
+        agree=torch.tensor(6 * scale) if teacher else None,
+        teacher_target=number(7) if teacher else None,
+        teacher_mass_out=number(8) if teacher else None,
     )
 
 
@@ -31,7 +33,13 @@ def token_sums(scale, *, teacher=True):
         ({"kd_ratio": math.nan}, "loss.kd_ratio=nan: must lie in [0, 1]"),
         ({"temperature": -1.0}, "loss.temperature=-1.0: must be a finite number above 0"),
         ({"temperature": 0.0}, "loss.temperature=0.0: must be a finite number above 0"),
-        ({"chunk_tokens": 0}, "loss.chunk_tokens=0: must be at least 1"),
+        ({"chunk_gib": 0}, "loss.chunk_gib=0: must be above 0, or null"),
+        ({"chunk_gib": math.nan}, "loss.chunk_gib=nan: must be above 0, or null"),
+        ({"chunk_gib": math.inf}, "loss.chunk_gib=inf: must be above 0, or null"),
+        (
+            {"kd_positions": "released"},
+            "loss.kd_positions='released': must be one of aligned, release",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_place_value_and_range(wrong, message):
@@ -42,11 +50,12 @@ def test_a_value_out_of_range_is_refused_with_place_value_and_range(wrong, messa
 
 def test_all_problems_of_a_spec_are_named_at_once():
     with pytest.raises(ValueError, match="loss") as error:
-        Distillation(kd_ratio=2.0, temperature=0.0, chunk_tokens=0)
+        Distillation(kd_ratio=2.0, temperature=0.0, chunk_gib=0, kd_positions="")
     assert [line.split("=")[0] for line in str(error.value).splitlines()] == [
         "loss.kd_ratio",
         "loss.temperature",
-        "loss.chunk_tokens",
+        "loss.chunk_gib",
+        "loss.kd_positions",
     ]
 
 
@@ -63,6 +72,7 @@ def test_a_divergence_with_a_misspelt_parameter_is_refused_before_any_token_is_s
 def test_the_default_is_forward_kl_with_equal_weights_at_temperature_1():
     spec = Distillation()
     assert (spec.divergence, spec.kd_ratio, spec.temperature) == (forward_kl, 0.5, 1.0)
+    assert spec.kd_positions == "aligned"
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -75,7 +85,9 @@ def test_sums_of_two_parts_are_the_sums_of_the_whole(teacher):
 
 def test_what_needs_a_teacher_stays_none_without_one():
     total = token_sums(1, teacher=False) + token_sums(2, teacher=False)
-    assert (total.kd, total.agree, total.teacher_mass_out) == (None, None, None)
+    needed = (total.kd, total.agree, total.teacher_target, total.teacher_mass_out)
+    assert needed == (None,) * 4
+    assert total.student_entropy == 15
 
 
 def test_sums_with_and_without_a_teacher_do_not_add_up():

@@ -10,8 +10,18 @@ from torch.utils._pytree import tree_leaves
 
 from neo.losses import chunk
 from neo.losses.distillation import Distillation
-from neo.losses.divergences import cross_entropy, forward_kl, jsd, reverse_kl
-from neo.losses.fused import Head, fused_sums
+from neo.losses.divergences import (
+    adaptive_kl,
+    cross_entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from neo.losses.fused import fused_sums
+from neo.losses.head import Head
 
 
 def handmade(student_logits, teacher_logits, *, temperature=1.0):
@@ -25,6 +35,11 @@ DIVERGENCES = {
     "forward_kl_partial": functools.partial(forward_kl),
     "reverse_kl": reverse_kl,
     "jsd": functools.partial(jsd, beta=0.3),
+    "skew_forward_kl": functools.partial(skew_forward_kl, skew=0.2),
+    "skew_reverse_kl": functools.partial(skew_reverse_kl, skew=0.2),
+    "skew_0": functools.partial(skew_reverse_kl, skew=0.0),
+    "adaptive_kl": functools.partial(adaptive_kl, head_mass=0.4),
+    "total_variation": total_variation,
     "handmade": handmade,
 }
 HEADS = {
@@ -35,6 +50,12 @@ HEADS = {
     "all": {"bias": True, "logit_scale": 0.6, "softcap": 3.0},
 }
 TOKENS, VOCAB, PADDED, D_STUDENT, D_TEACHER = 23, 17, 21, 6, 10
+
+
+def gib(tokens):
+    # of float64 logits, student and teacher and five temporaries
+    return tokens * (2 + 5) * VOCAB * 8 * 1.001 / 2**30
+
 
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 each_head = pytest.mark.parametrize("form", HEADS.values(), ids=HEADS)
@@ -108,7 +129,7 @@ def test_loss_and_gradient_are_those_of_autograd_over_full_logits(
     divergence, form, trained, kd_ratio
 ):
     case = Case(form, trained=trained, rows=PADDED - 2)
-    spec = Distillation(divergence=divergence, kd_ratio=kd_ratio, chunk_tokens=5)
+    spec = Distillation(divergence=divergence, kd_ratio=kd_ratio, chunk_gib=gib(5))
     sums, (loss, ce, kd) = case.sums(spec, measure=True), case.reference(spec)
     torch.testing.assert_close([sums.loss, sums.ce, sums.kd], [loss, ce, kd])
     assert sums.tokens == TOKENS
@@ -137,7 +158,7 @@ def test_every_temperature_gives_the_loss_and_gradient_of_full_logits(
 def test_chunk_size_changes_neither_loss_nor_gradient(divergence, form, trained, chunk_tokens):
     case = Case(form, trained=trained)
     whole, parts = (
-        case.sums(Distillation(divergence=divergence, chunk_tokens=size))
+        case.sums(Distillation(divergence=divergence, chunk_gib=gib(size)))
         for size in (TOKENS, chunk_tokens)
     )
     torch.testing.assert_close(vars(parts), vars(whole))
@@ -151,7 +172,7 @@ def test_chunk_size_changes_neither_loss_nor_gradient(divergence, form, trained,
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_how_many_rows_are_worked_on_at_a_time_changes_nothing(divergence, rows, monkeypatch):
     case = Case(trained=True)
-    spec = Distillation(divergence=divergence, chunk_tokens=9)
+    spec = Distillation(divergence=divergence, chunk_gib=gib(9))
     expected = case.sums(spec)
     monkeypatch.setitem(chunk.BLOCK_ELEMENTS, "cpu", rows * VOCAB)
     actual = case.sums(spec)
@@ -178,7 +199,7 @@ def test_kd_ratio_0_is_the_cross_entropy_and_1_the_divergence(divergence):
 @each_head
 def test_without_a_teacher_the_loss_is_the_cross_entropy_and_nothing_is_said_of_one(form):
     case = Case(form, trained=True)
-    sums = case.sums(Distillation(kd_ratio=0.0, chunk_tokens=4), teacher=False)
+    sums = case.sums(Distillation(kd_ratio=0.0, chunk_gib=gib(4)), teacher=False)
     ce = cross_entropy(case.logits(case.hidden, case.head), case.targets).sum()
     torch.testing.assert_close([sums.loss, sums.ce], [ce, ce])
     torch.testing.assert_close(case.gradients(sums.loss), case.gradients(ce))
@@ -189,7 +210,7 @@ def test_without_a_teacher_the_loss_is_the_cross_entropy_and_nothing_is_said_of_
 @pytest.mark.parametrize("divergence", [forward_kl, jsd])
 def test_gradients_are_those_of_finite_differences(form, divergence):
     case = Case(form, trained=True, tokens=5)
-    spec = Distillation(divergence=divergence, kd_ratio=0.7, temperature=2.0, chunk_tokens=2)
+    spec = Distillation(divergence=divergence, kd_ratio=0.7, temperature=2.0, chunk_gib=gib(2))
     # gradcheck moves the leaves in place, and `sums` reads them from the case.
     assert torch.autograd.gradcheck(lambda *_: case.sums(spec).loss, case.leaves, fast_mode=True)
 
@@ -199,7 +220,7 @@ def test_padded_heads_are_compared_over_the_shared_ids_and_the_mass_outside_is_r
     temperature,
 ):
     case = Case(rows=VOCAB + 1)
-    sums = case.sums(Distillation(temperature=temperature, chunk_tokens=4))
+    sums = case.sums(Distillation(temperature=temperature, chunk_gib=gib(4)))
     full = case.logits(case.teacher_hidden, case.teacher_head).softmax(-1)
     renormalised = full[:, :VOCAB] / full[:, :VOCAB].sum(-1, keepdim=True)
     student = case.logits(case.hidden, case.head)[:, :VOCAB]
@@ -242,7 +263,7 @@ def test_agreement_counts_the_tokens_whose_most_likely_id_is_the_same(seed, like
     case.teacher_head = Head(weight=noise)
     student = case.logits(case.hidden, case.head).argmax(-1)
     teacher = case.logits(case.teacher_hidden, case.teacher_head).argmax(-1)
-    assert case.sums(Distillation(chunk_tokens=4)).agree == (student == teacher).sum()
+    assert case.sums(Distillation(chunk_gib=gib(4))).agree == (student == teacher).sum()
 
 
 @each_divergence
@@ -328,7 +349,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [True, False])
 def test_no_tensor_ever_holds_the_logits_of_more_than_one_chunk(divergence, form, grad):
     case = Case(form)
-    spec = Distillation(divergence=divergence, temperature=2.0, chunk_tokens=7)
+    spec = Distillation(divergence=divergence, temperature=2.0, chunk_gib=gib(7))
     with torch.set_grad_enabled(grad), Recorder() as recorder:
         sums = case.sums(spec)
         if grad:
@@ -340,7 +361,7 @@ def test_no_tensor_ever_holds_the_logits_of_more_than_one_chunk(divergence, form
 def test_a_frozen_head_costs_three_products_per_chunk_and_two_without_gradients():
     case = Case()
     case.teacher_head = Head(weight=case.teacher_head.weight[:VOCAB])
-    spec = Distillation(chunk_tokens=TOKENS)
+    spec = Distillation(chunk_gib=gib(TOKENS))
     with Recorder() as training:
         case.sums(spec).loss.backward()
     with torch.no_grad(), Recorder() as validation:
@@ -353,7 +374,7 @@ def test_a_frozen_head_costs_three_products_per_chunk_and_two_without_gradients(
 @each_divergence
 def test_half_precision_models_get_gradients_in_their_dtype_and_sums_in_float32(divergence):
     case = Case(dtype=torch.bfloat16, trained=True)
-    spec = Distillation(divergence=divergence, chunk_tokens=5)
+    spec = Distillation(divergence=divergence, chunk_gib=gib(5))
     sums = case.sums(spec)
     loss, ce, kd = case.reference(spec)
     assert {sums.loss.dtype, sums.ce.dtype, sums.kd.dtype} == {torch.float32}
@@ -366,7 +387,7 @@ def test_half_precision_models_get_gradients_in_their_dtype_and_sums_in_float32(
 
 
 def test_under_autocast_products_are_in_its_dtype_and_gradients_in_that_of_the_model():
-    case, spec = Case(dtype=torch.float32, trained=True), Distillation(chunk_tokens=5)
+    case, spec = Case(dtype=torch.float32, trained=True), Distillation(chunk_gib=gib(5))
     expected = case.sums(spec)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sums = case.sums(spec)
@@ -442,7 +463,7 @@ def test_a_head_gives_float32_logits_over_the_ids_asked_for(form):
     expected = case.logits(case.teacher_hidden, case.teacher_head)
     torch.testing.assert_close(case.teacher_head.logits(case.teacher_hidden), expected)
     torch.testing.assert_close(
-        case.teacher_head.logits(case.teacher_hidden, VOCAB), expected[:, :VOCAB]
+        case.teacher_head.logits(case.teacher_hidden, stop=VOCAB), expected[:, :VOCAB]
     )
-    half = case.teacher_head.to(torch.bfloat16).logits(case.teacher_hidden.bfloat16(), VOCAB)
+    half = case.teacher_head.to(torch.bfloat16).logits(case.teacher_hidden.bfloat16(), stop=VOCAB)
     assert half.dtype == torch.float32

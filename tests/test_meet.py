@@ -92,6 +92,39 @@ def test_tokenizers_that_differ_meet_where_that_is_allowed_and_it_is_noted(tmp_p
     assert note.startswith("the tokenizers of student and teacher differ: eos_token is")
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"use_dora": True}, "has a LoRA branch of the variant Dora; legal are a plain torch"),
+        ({"lora_bias": True}, "has a LoRA branch with a bias of its own"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_an_adapter_on_the_head_whose_gradient_is_not_known_is_refused(student_dir, keys, message):
+    student = CausalLM(path=str(student_dir))
+    variant = lora(r=2, target_modules=["q_proj", "lm_head"], **keys)
+    with pytest.raises(ConfigError, match=f" lora: the head of LlamaForCausalLM {message}"):
+        meet(student, None, variant, 64)
+    meet(student, None, lora(r=2, target_modules=["q_proj"], use_dora=True), 64)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_branch_on_a_tied_weight_is_refused(tmp_path, target):
+    student = CausalLM(path=str(tiny_model(tmp_path / "tied", tie=True)))
+    with pytest.raises(ConfigError, match=r" lora: the head of .* is tied to its embedding"):
+        meet(student, None, lora(r=2, target_modules=[target]), 64)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_a_trained_head_is_counted_before_a_weight_is_read(student_dir, keys):
+    student = CausalLM(path=str(student_dir))
+    meeting = meet(student, None, lora(r=2, **keys), 64)
+    assert any("lm_head" in name for name in meeting.trained_tensors)
+
+
 def test_a_length_that_is_just_as_long_as_the_models_take_is_legal(student_dir, teacher_dir):
     meet(*specs(student_dir, teacher_dir), lora(r=2), 256)
     with pytest.raises(ConfigError, match=r"data.max_length=257: the student takes at most 256"):

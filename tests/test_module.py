@@ -1,13 +1,15 @@
 import lightning as L
 import pytest
 import torch
-from lab import tokenizer, write_rows
+from lab import tiny_model, tokenizer, write_rows
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from neo.data.datamodule import DataModule, peek
 from neo.data.stream import FileData
 from neo.losses.distillation import Distillation
 from neo.models.causal_lm import CausalLM
-from neo.models.student import trained_parameters
+from neo.models.student import save_student, trained_parameters
 from neo.models.tokenizers import num_token_ids
 from neo.models.variants import lora, none
 from neo.teachers.online import OnlineTeacher
@@ -41,12 +43,12 @@ class Watch(L.Callback):
 
 @pytest.fixture
 def build(student_dir, teacher_dir):
-    def build(variant=None, teacher=True, kd_ratio=0.5, lr=1e-2, seed=0):
+    def build(variant=None, teacher=True, kd_ratio=0.5, lr=1e-2, seed=0, student=None, **loss):
         return NeoModule(
-            CausalLM(path=str(student_dir)),
+            student or CausalLM(path=str(student_dir)),
             OnlineTeacher(path=str(teacher_dir)) if teacher else None,
             lora(r=4, target_modules="all-linear") if variant is None else variant,
-            Distillation(kd_ratio=kd_ratio),
+            Distillation(kd_ratio=kd_ratio, **loss),
             AdamW(lr=lr),
             vocab=num_token_ids(tokenizer()),
             seed=seed,
@@ -142,12 +144,16 @@ def test_what_is_logged_is_per_token_and_agrees_with_the_loss(build, data):
         0.7 * logged["train/ce"] + 0.3 * logged["train/kd"]
     )
     assert logged["train/tokens"] == whole.num_supervised
+    for name in ("student_entropy", "teacher_target"):
+        expected = float(getattr(sums, name) / sums.tokens)
+        assert logged[f"train/{name}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_kd_the_teacher_is_left_out_of_training_and_measured_in_validation(build, data):
     watch = Watch()
     trainer = fit(build(kd_ratio=0.0), data(2, val_share=0.25), watch)
-    assert "train/kd" not in watch.logged[-1]
+    assert "train/student_entropy" in watch.logged[-1]
+    assert not {"train/kd", "train/teacher_target"} & watch.logged[-1].keys()
     assert "val/kd" in trainer.callback_metrics
     trainer = fit(build(kd_ratio=0.0, teacher=False), data(2, val_share=0.25))
     assert "val/ce" in trainer.callback_metrics
@@ -159,10 +165,32 @@ def test_validation_is_the_mean_over_all_tokens_whatever_the_batches(build, data
     for size in (1, 2, 8):
         trainer = fit(build(lr=1e-9), data(size, val_share=0.5), max_epochs=1)
         means.append({k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
-    assert len(means[0]) == 5
+    assert len(means[0]) == 7
     for other in means[1:]:
         for name, value in means[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_release_changes_the_positions_of_training_and_never_those_of_validation(build, data):
+    logged = {}
+    for positions in ("aligned", "release"):
+        watch = Watch()
+        module = build(lr=1e-9, kd_positions=positions)
+        trainer = fit(module, data(8, val_share=0.5), watch, max_epochs=1)
+        logged[positions] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    aligned, release = logged["aligned"], logged["release"]
+    for name, value in aligned.items():
+        if name.startswith("val/") or name == "train/ce":
+            assert release[name] == pytest.approx(value, rel=1e-5)
+    assert abs(release["train/kd"] - aligned["train/kd"]) > 1e-3
+    assert release["train/loss"] == pytest.approx((release["train/ce"] + release["train/kd"]) / 2)
+
+
+def test_release_without_kd_is_plain_training(build, data):
+    aligned, release = Watch(), Watch()
+    fit(build(kd_ratio=0.0), data(8), aligned)
+    fit(build(kd_ratio=0.0, kd_positions="release"), data(8), release)
+    assert release.logged == aligned.logged
 
 
 @pytest.mark.parametrize(
@@ -248,3 +276,64 @@ def test_training_changes_what_is_trained_and_nothing_else(build, data):
     fit(module, data(), max_epochs=2)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+# PEFT stores the embedding layers too, and says so, or warns of a tied weight that is copied.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize(
+    ("tie", "keys"),
+    [
+        (False, {"target_modules": ["q_proj", "lm_head"], "use_rslora": True}),
+        (False, {"target_modules": ["lm_head"], "lora_dropout": 0.2}),
+        (False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (True, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ],
+    ids=["branch", "branch alone", "copy", "copy of a tied head"],
+)
+def test_a_trained_head_is_what_plain_peft_loads_and_merges(build, data, tmp_path, tie, keys):
+    spec = CausalLM(path=str(tiny_model(tmp_path / "base", tie=tie)))
+    module = build(lora(r=4, **keys), student=spec, lr=0.05)
+    fit(module, data(8), max_epochs=2)
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        expected = module.student.eval()(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        untrained = base(input_ids=ids).logits
+        assert (expected - untrained).abs().max() > 0.01
+        adapter = save_student(module.student, tokenizer(), tmp_path)
+        loaded = PeftModel.from_pretrained(base, adapter).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+        merged = loaded.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(tmp_path / "merged")
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(whole(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_a_trained_head_is_loaded_to_the_bit(build):
+    for keys in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        module, other = (build(lora(r=4, **keys), seed=seed) for seed in (1, 2))
+        module.configure_model()
+        other.configure_model()
+        state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+        assert any("lm_head" in name for name in state)
+        other.load_state_dict(state)
+        for name, value in other.state_dict().items():
+            assert torch.equal(value, state[name])
+
+
+def test_a_copy_that_would_be_trained_in_half_precision_is_refused(build, student_dir):
+    spec = CausalLM(path=str(student_dir), dtype="bfloat16")
+    module = build(lora(r=4, modules_to_save=["lm_head"]), student=spec)
+    with pytest.raises(ValueError, match=r"lm_head.*would be trained in torch.bfloat16; set stud"):
+        module.configure_model()
+    build(lora(r=4, target_modules=["lm_head"]), student=spec).configure_model()
+
+
+def test_a_branch_on_a_head_of_half_precision_learns(build, data, student_dir):
+    spec = CausalLM(path=str(student_dir), dtype="bfloat16")
+    module = build(lora(r=4, target_modules=["lm_head"]), student=spec, lr=0.01)
+    watch = Watch()
+    fit(module, data(8), watch, max_epochs=8)
+    assert watch.logged[-1]["train/loss"] < watch.logged[0]["train/loss"]

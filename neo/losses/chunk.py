@@ -1,11 +1,10 @@
 """The logits of one chunk of tokens -> its sums, and in their place the gradient of the loss.
 
-A divergence found in `CLOSED_FORMS` has its gradient written out; any other function of two logits
-is differentiated by autograd, on the chunk's logits alone.
+A divergence of `neo.losses.gradients` has its gradient written out; any other function of two
+logits is differentiated by autograd, on a few tokens' logits alone.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +12,29 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from neo.losses.distillation import Distillation, Divergence
-from neo.losses.divergences import forward_kl
+from neo.losses.gradients import CLOSED_FORMS, PerToken, Rows, Softened
+from neo.losses.products import wide
 
 # Elements of logits that are worked on at a time: on a CPU all passes over them then stay within
 # its cache; a GPU is better served by few large launches.
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
-Rows = Float[Tensor, "block vocab"]
-PerToken = Float[Tensor, " block"]
-
 
 class ChunkSums:
-    """Sums that grow chunk by chunk; without a teacher its three stay 0."""
+    """Sums that grow chunk by chunk; without a teacher all but two stay 0."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.ce = torch.zeros((), dtype=dtype, device=device)
-        self.kd = torch.zeros((), dtype=dtype, device=device)
-        self.agree = torch.zeros((), dtype=torch.int64, device=device)
-        self.teacher_mass_out = torch.zeros((), dtype=dtype, device=device)
+        def zero(dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        self.ce, self.student_entropy = zero(), zero()
+        self.kd, self.teacher_target, self.teacher_mass_out = zero(), zero(), zero()
+        self.agree = zero(torch.int64)
+
+
+def block_rows(vocab: int, device: torch.device) -> int:
+    """How many tokens are worked on at a time, at least one."""
+    return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // vocab)
 
 
 def differentiate_chunk(
@@ -41,7 +45,8 @@ def differentiate_chunk(
     sums: ChunkSums,
     *,
     gradient: bool,
-    softcap: float | None,
+    softcap: float | None = None,
+    outside: Float[Tensor, " chunk"] | None = None,
 ) -> None:
     """Add the chunk to `sums`; with `gradient`, put the loss's gradient in the logits' place.
 
@@ -54,10 +59,11 @@ def differentiate_chunk(
         gradient: Whether the gradient is wanted.
         softcap: The bound that was put on the student's logits; the gradient is then that of the
             logits before it.
+        outside: Log of the summed exponentials of the teacher's logits on ids that are not shared;
+            None where there are none.
     """
     chunk, vocab = student_logits.shape
-    elements = BLOCK_ELEMENTS.get(student_logits.device.type, BLOCK_ELEMENTS["cuda"])
-    rows = max(1, elements // vocab)
+    rows = block_rows(vocab, student_logits.device)
     for start in range(0, chunk, rows):
         block = slice(start, start + rows)
         _differentiate_block(
@@ -68,6 +74,7 @@ def differentiate_chunk(
             sums,
             gradient=gradient,
             softcap=softcap,
+            outside=None if outside is None else outside[block],
         )
 
 
@@ -80,20 +87,30 @@ def _differentiate_block(
     *,
     gradient: bool,
     softcap: float | None,
+    outside: PerToken | None,
 ) -> None:
     """`differentiate_chunk` for a few rows."""
-    ratio = spec.kd_ratio
+    ratio = float(spec.kd_ratio)
     q = s.softmax(-1)
     top = s.amax(-1)
-    sums.ce += (_log_partition(top, q) - s.gather(-1, targets).squeeze(-1)).sum()
+    log_z = _log_partition(top, q)
+    sums.ce += (log_z - s.gather(-1, targets).squeeze(-1)).sum()
+    sums.student_entropy += (log_z - (q * s).sum(-1)).sum()
 
     kd_gradient = None
     if t is not None:
-        kd, kd_gradient = _divergence(s, t, q, spec, gradient=gradient and ratio > 0)
-        sums.kd += kd.sum()
+        p = t.softmax(-1)
+        teacher_top = t.amax(-1)
+        teacher_log_z = _log_partition(teacher_top, p)
+        sums.teacher_target += p.gather(-1, targets).sum()
+        if outside is not None:
+            sums.teacher_mass_out += torch.sigmoid(outside - teacher_log_z).sum()
         # Where no id is both models' top, no sum of their logits is the sum of the tops. An argmax
-        # would tell the same and costs a CPU twenty times as long.
-        sums.agree += ((s + t).amax(-1) == top + t.amax(-1)).sum()
+        # would tell the same and costs a CPU several times as long.
+        sums.agree += ((s + t).amax(-1) == top + teacher_top).sum()
+        softened = Softened(s, t, q, p, log_z, teacher_log_z)
+        kd, kd_gradient = _divergence(softened, spec, gradient=gradient and ratio > 0)
+        sums.kd += kd.sum()
     if not gradient:
         return
 
@@ -108,12 +125,10 @@ def _differentiate_block(
         s.mul_(slope)
 
 
-def _divergence(
-    s: Rows, t: Rows, q: Rows, spec: Distillation, *, gradient: bool
-) -> tuple[PerToken, Rows | None]:
-    """The divergence per token in nats and, if wanted, its gradient in the student's logits.
+def _divergence(x: Softened, spec: Distillation, *, gradient: bool) -> tuple[PerToken, Rows | None]:
+    """The divergence per token and, if wanted, its gradient in the student's logits.
 
-    `q` is the student's softmax at temperature 1, which closed forms may use and must not change.
+    `x` is at temperature 1.
     """
     function: Divergence = spec.divergence
     temperature = float(spec.temperature)
@@ -121,49 +136,32 @@ def _divergence(
     if isinstance(function, functools.partial) and not function.args:
         keywords = function.keywords
         function = function.func
-    closed_form = CLOSED_FORMS.get(function)
-    if closed_form is not None:
-        return closed_form(s, t, q, temperature=temperature, gradient=gradient, **keywords)
+    if (closed_form := CLOSED_FORMS.get(function)) is not None:
+        value, slope = closed_form(_soften(x, temperature), gradient=gradient, **keywords)
+        # T^2 by definition; the softened logits are the logits over T, which takes one T away.
+        return temperature**2 * value, None if slope is None else slope.mul_(temperature)
     if not gradient:
-        return spec.divergence(s, t, temperature=temperature), None
+        return spec.divergence(x.a, x.b, temperature=temperature), None
     with torch.enable_grad():
-        leaf = s.detach().requires_grad_()
-        kd = spec.divergence(leaf, t, temperature=temperature)
+        leaf = x.a.detach().requires_grad_()
+        kd = spec.divergence(leaf, x.b, temperature=temperature)
         return kd.detach(), torch.autograd.grad(kd.sum(), leaf)[0]
 
 
-def _forward_kl(
-    s: Rows, t: Rows, q: Rows, *, temperature: float, gradient: bool
-) -> tuple[PerToken, Rows | None]:
-    r"""`forward_kl` and its gradient, $T\,(q_T - p_T)$ with softmax over T.
-
-    The value is $T^2 (\sum_i p_i (t_i - s_i) / T - \log Z_t + \log Z_s)$.
-    """
+def _soften(x: Softened, temperature: float) -> Softened:
+    """The same models at another temperature."""
     if temperature == 1:
-        p = t.softmax(-1)
-    else:
-        q, p = (s / temperature).softmax(-1), (t / temperature).softmax(-1)
-    log_z_s = _log_partition(s.amax(-1) / temperature, q)
-    log_z_t = _log_partition(t.amax(-1) / temperature, p)
-    # Where the teacher rules an id out, the difference is infinite, and 0 * inf would be NaN.
-    bound = torch.finfo(t.dtype).max
-    inner = torch.sub(t, s).clamp_(-bound, bound).mul_(p).sum(-1) / temperature
-    kd = temperature**2 * (inner - log_z_t + log_z_s)
-    if not gradient:
-        return kd, None
-    difference = torch.sub(q, p, out=p)
-    return kd, difference if temperature == 1 else difference.mul_(temperature)
+        return x
+    a, b = x.a / temperature, x.b / temperature
+    q, p = a.softmax(-1), b.softmax(-1)
+    return Softened(a, b, q, p, _log_partition(a.amax(-1), q), _log_partition(b.amax(-1), p))
 
 
 def _log_partition(top: PerToken, probabilities: Rows) -> PerToken:
     """Log of the softmax's denominator, from the largest logit and the largest probability.
 
     The largest probability is `exp(top) / Z`; reading Z off it saves a second pass of exponentials.
+    In float64 where the device has it: it is one number a token, and losses are differences of it.
     """
-    return top - probabilities.amax(-1).log()
-
-
-# Functions of `neo.losses.divergences` whose value and gradient are written out here. Called with
-# the function's own keywords, so that a partial of it stays in closed form.
-ClosedForm = Callable[..., tuple[PerToken, Rows | None]]
-CLOSED_FORMS: dict[Divergence, ClosedForm] = {forward_kl: _forward_kl}
+    precise = wide(top.dtype) if top.device.type == "mps" else torch.float64
+    return top.to(precise) - probabilities.amax(-1).to(precise).log()

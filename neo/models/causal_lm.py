@@ -1,4 +1,4 @@
-"""A causal LM of transformers: where it lies, how it is loaded, its backbone and head."""
+"""A causal LM of transformers: where it lies, how it is loaded, its hidden states."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,17 +9,15 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from neo.models.head import head_of
 
 MINI = Path(__file__).parent / "mini"
 SHIPPED = ("neo://mini-student", "neo://mini-teacher")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-# What a model may do to `hidden @ weight.T` before it calls the result logits. A model that does
-# anything else is found out by `check_head`.
-SOFTCAP, MULTIPLIER, DIVISOR = "final_logit_softcapping", "logit_scale", "logits_scaling"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,48 +209,33 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """The model's logit multiplier and soft cap: logits = cap(multiplier * hidden @ weight.T)."""
-    config = model.config.get_text_config()
-    multiplier = float(getattr(config, MULTIPLIER, None) or 1.0)
-    multiplier /= float(getattr(config, DIVISOR, None) or 1.0)
-    softcap = getattr(config, SOFTCAP, None)
-    return multiplier, None if softcap is None else float(softcap)
-
-
-def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """The weight, "rows d", and bias of the model's output embedding.
-
-    Raises:
-        ValueError: It is not a plain linear layer, so its logits cannot be computed in chunks.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the head of {type(model).__name__} is a {type(head).__module__}."
-            f"{type(head).__qualname__}; it must be a plain torch.nn.Linear, without an adapter"
-        )
-    return head.weight, head.bias
-
-
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compares the logits computed from hidden states with the model's own, on four tokens.
 
+    They are compared as they are and with what the head gives enlarged to 100, where even a wide
+    soft cap shows.
+
     Raises:
         ValueError: They differ: the model does something to its logits that we do not know.
     """
-    input_ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
-    positions = torch.arange(4)[None]
-    expected = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits.float()
-    (weight, bias), (multiplier, softcap) = head_of(model), logit_transform(model)
-    hidden = hidden_states(model, input_ids, positions)
-    logits = nn.functional.linear(hidden, weight, bias).float() * multiplier
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    scale = expected.abs().max().clamp(min=1e-3)
-    tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
-    if logits.shape != expected.shape or (logits - expected).abs().max() > tolerance * scale:
+    input_ids = torch.arange(4).repeat(2, 1) % model.config.get_text_config().vocab_size
+    positions = torch.arange(4).repeat(2, 1)
+    head = head_of(model)
+    products = head.products(hidden_states(model, input_ids, positions))
+    enlarge = products.new_tensor([1.0, 100 / products.abs().max().clamp(min=1e-3).item()])
+    enlarge = enlarge[:, None, None]
+
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: out * enlarge)
+    try:
+        forward = model(input_ids=input_ids, position_ids=positions, use_cache=False)
+    finally:
+        hook.remove()
+    expected = forward.logits.float()
+    logits = head.bounded((products * enlarge).float())
+    scale = expected.abs().amax((1, 2), keepdim=True).clamp(min=1e-3)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    if logits.shape != expected.shape or ((logits - expected).abs() > tolerance * scale).any():
         raise ValueError(
             f"{type(model).__name__} does more to its logits than a head, a scale and a soft cap; "
             "its loss cannot be computed from hidden states"

@@ -46,7 +46,12 @@ def save_student(student: nn.Module, tokenizer: Any, run_dir: Path) -> Path:
     Returns:
         The folder written.
     """
-    folder = run_dir / ("adapter" if isinstance(student, PeftModel) else "model")
-    cast(Any, student).save_pretrained(folder)
+    if isinstance(student, PeftModel):
+        folder = run_dir / "adapter"
+        # PEFT would add the frozen base's embedding where the head is adapted.
+        student.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        folder = run_dir / "model"
+        cast(Any, student).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -8,7 +8,8 @@ from torch import nn
 
 from neo.config import ConfigError
 from neo.data.datamodule import DataModule, peek
-from neo.models.causal_lm import CausalLM, head_of
+from neo.models.causal_lm import CausalLM
+from neo.models.head import head_of
 from neo.models.student import build_meta_student, inner, trained_parameters
 from neo.models.tokenizers import num_token_ids, tokenizer_differences
 from neo.models.variants import Variant
@@ -101,7 +102,7 @@ def meet(
                 problems += [f"teacher.path={teacher.path!r}: {line}" for line in said]
         for role, meta in metas.items():
             try:
-                rows = head_of(meta)[0].shape[0]
+                rows = head_of(meta).weight.shape[0]
             except ValueError as error:
                 problems.append(f"{role}.path={models[role].path!r}: {error}")
                 continue

@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neo.data.packing import Batch
-from neo.data.prompt import IGNORE
 from neo.losses.distillation import Distillation, TokenSums
-from neo.losses.fused import Head, fused_sums
-from neo.models.causal_lm import CausalLM, head_of, hidden_states, logit_transform
+from neo.models.causal_lm import CausalLM
 from neo.models.student import build_student, inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
+from neo.training.frozen_linear import speed_up_frozen
 from neo.training.optim import AdamW
+from neo.training.token_loss import batch_sums
 
 
 class NeoModule(L.LightningModule):
@@ -63,33 +63,36 @@ class NeoModule(L.LightningModule):
         student, teacher, lora = self.specs
         device = self.trainer.strategy.root_device if self._trainer else torch.device("cpu")
         self.student = build_student(student, lora, device, self.seed)
+        for name, weight in trained_parameters(self.student).items():
+            if weight.dtype in (torch.bfloat16, torch.float16):  # PEFT copies modules as they are
+                raise ValueError(
+                    f"lora.modules_to_save: {name} would be trained in {weight.dtype}; set "
+                    "student.dtype=float32"
+                )
         self.teacher = teacher.load_frozen(device) if teacher is not None else None
+        for model in (inner(self.student), getattr(self.teacher, "model", None)):
+            if model is not None:
+                speed_up_frozen(model.get_decoder())
         self.built = True
 
-    def token_sums(self, batch: Batch, *, with_teacher: bool) -> TokenSums:
-        """The loss of a batch, summed over its supervised tokens; only those reach a head."""
-        keep = batch.targets != IGNORE
-        student = inner(self.student)
-        hidden = hidden_states(student, batch.input_ids, batch.position_ids)[keep]
-        teacher_hidden = teacher_head = None
-        if with_teacher and self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher.model
-                teacher_hidden = hidden_states(teacher, batch.input_ids, batch.position_ids)[keep]
-            teacher_head = _head(teacher)
-        return fused_sums(
-            hidden,
-            _head(student),
-            teacher_hidden,
-            teacher_head,
-            batch.targets[keep],
+    def token_sums(
+        self, batch: Batch, *, with_teacher: bool, kd_positions: str = "aligned"
+    ) -> TokenSums:
+        """The loss of a batch, summed over its supervised tokens."""
+        return batch_sums(
+            inner(self.student),
+            self.teacher.model if with_teacher and self.teacher is not None else None,
+            batch,
             self.loss,
             self.vocab,
+            kd_positions=kd_positions,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """The loss as a sum over tokens; `on_before_optimizer_step` divides, once."""
-        sums = self.token_sums(batch, with_teacher=self.loss.kd_ratio > 0)
+        distils = self.loss.kd_ratio > 0
+        positions = self.loss.kd_positions if distils else "aligned"
+        sums = self.token_sums(batch, with_teacher=distils, kd_positions=positions)
         rows = batch.num_rows + batch.report.num_bad
         self.rows_in_step = rows + (0 if self.step_sums is None else self.rows_in_step)
         so_far = sums.detach()
@@ -126,7 +129,7 @@ class NeoModule(L.LightningModule):
         """Logs a step; only every so many, since a call of `log` costs as much as a small step."""
         means = {
             f"train/{name}": value / tokens.clamp(min=1)
-            for name in ("loss", "ce", "kd")
+            for name in ("loss", "ce", "kd", "student_entropy", "teacher_target")
             if (value := getattr(sums, name)) is not None
         }
         norm = nn.utils.get_total_norm(gradients)
@@ -164,7 +167,9 @@ class NeoModule(L.LightningModule):
             "val/loss": sums.loss,
             "val/ce": sums.ce,
             "val/kd": sums.kd,
+            "val/student_entropy": sums.student_entropy,
             "val/agreement": sums.agree,
+            "val/teacher_target": sums.teacher_target,
             "val/teacher_mass_out": sums.teacher_mass_out,
         }
         self.log_dict(
@@ -218,9 +223,3 @@ class NeoModule(L.LightningModule):
         if (rng := getattr(self, "restored_rng", None)) is not None:
             torch.set_rng_state(rng.cpu())
             del self.restored_rng
-
-
-def _head(model: nn.Module) -> Head:
-    weight, bias = head_of(model)
-    scale, softcap = logit_transform(model)
-    return Head(weight=weight, bias=bias, logit_scale=scale, softcap=softcap)

@@ -1,0 +1,139 @@
+"""The loss of a batch: what two models give for its supervised tokens, summed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from neo.data.packing import Batch
+from neo.data.prompt import IGNORE
+from neo.losses.distillation import Distillation, TokenSums
+from neo.losses.fused import fused_sums
+from neo.losses.head import Head
+from neo.models.causal_lm import hidden_states
+from neo.models.head import head_of
+
+
+def batch_sums(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: Batch,
+    spec: Distillation,
+    vocab: int,
+    *,
+    kd_positions: str = "aligned",
+) -> TokenSums:
+    """Sums over the supervised tokens of a batch; hidden states of no other token reach a head.
+
+    Args:
+        student: Its trained weights get gradient.
+        teacher: None where none is to be compared with.
+        batch: Tokens and aligned targets.
+        spec: Divergence, ratio and temperature; its own `kd_positions` is for training alone.
+        vocab: Ids that both models share.
+        kd_positions: Where they are compared, as in `Distillation`.
+    """
+    supervised = batch.targets != IGNORE
+    targets = batch.targets[supervised]
+    released = kd_positions == "release" and teacher is not None
+    compared = one_later(supervised) if released else supervised
+    used = supervised | compared
+    of_student = _outputs(student, batch, used)
+    of_teacher = None
+    if teacher is not None:
+        with torch.no_grad():
+            of_teacher = _outputs(teacher, batch, used)
+    if released and of_teacher is not None:
+        which = (supervised[used], compared[used])
+        return _release_sums(of_student, of_teacher, *which, targets, spec, vocab)
+    return _sums(of_student, of_teacher, targets, spec, vocab)
+
+
+def one_later(which: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch length"]:
+    """The positions after those chosen; the last of a row has none after it.
+
+    A row's last token is never supervised, nor is an example's, so that none is lost and none lies
+    in the next example.
+    """
+    return nn.functional.pad(which[:, :-1], (1, 0))
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model gives for some tokens: hidden states, and what its head makes logits of."""
+
+    hidden: Float[Tensor, "tokens d"]
+    branch: Float[Tensor, "tokens r"] | None
+    head: Head
+
+    def at(self, which: Bool[Tensor, " tokens"]) -> "_Outputs":
+        """Those of the tokens that are chosen."""
+        branch = None if self.branch is None else self.branch[which]
+        return replace(self, hidden=self.hidden[which], branch=branch)
+
+
+def _outputs(model: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch length"]) -> _Outputs:
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids)[which]
+    head = head_of(model)
+    lora = head.lora
+    return _Outputs(
+        hidden,
+        None if lora is None else lora.states(hidden),
+        Head(
+            weight=head.weight,
+            bias=head.bias,
+            branch=None if lora is None else lora.up,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+        ),
+    )
+
+
+def _sums(
+    student: _Outputs,
+    teacher: _Outputs | None,
+    targets: Int64[Tensor, " tokens"],
+    spec: Distillation,
+    vocab: int,
+    *,
+    measure: bool = False,
+) -> TokenSums:
+    return fused_sums(
+        student.hidden,
+        student.head,
+        None if teacher is None else teacher.hidden,
+        None if teacher is None else teacher.head,
+        targets,
+        spec,
+        vocab,
+        student_branch=student.branch,
+        measure=measure,
+    )
+
+
+def _release_sums(
+    student: _Outputs,
+    teacher: _Outputs,
+    supervised: Bool[Tensor, " used"],
+    compared: Bool[Tensor, " used"],
+    targets: Int64[Tensor, " tokens"],
+    spec: Distillation,
+    vocab: int,
+) -> TokenSums:
+    """Sums as the code released with the paper takes them: the divergence one position late.
+
+    That code picks the logits to compare by labels that are not shifted, those of the
+    cross-entropy by shifted ones. It is there for comparison only: the logits of both models are
+    computed twice. All but `kd` is measured where the cross-entropy is taken.
+    """
+    at, later = (
+        (student.at(which), teacher.at(which), targets) for which in (supervised, compared)
+    )
+    ce = _sums(*at, replace(spec, kd_ratio=0), vocab, measure=True)
+    # The targets are not those of these positions; with kd_ratio 1 nothing depends on them.
+    kd = _sums(*later, replace(spec, kd_ratio=1), vocab)
+    weighted = [(1 - spec.kd_ratio, ce.loss), (spec.kd_ratio, kd.loss)]
+    loss = torch.stack([weight * value for weight, value in weighted if weight > 0]).sum()
+    return replace(ce, loss=loss, kd=kd.kd)
