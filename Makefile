@@ -40,7 +40,9 @@ check: $(READY) ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY) ## speed and memory of one training step against the plain way
+bench: $(READY) ## speed and memory: the loss against its peers, a step against the plain way
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/step.py
 
 mini-models: $(READY) ## build the shipped mini teacher and student from nothing

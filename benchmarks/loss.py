@@ -212,17 +212,13 @@ def markdown(lines: list[list[str]]) -> list[str]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """Everything for readers."""
-    return (
-        "\n\n".join(
-            [
-                *(table(workload) for workload in report["workloads"]),
-                divergence_table(report["divergences"]),
-                f"Medians of {report['rounds']} alternating runs in one process, float32; memory above "
-                f"the inputs, each side in a process of its own. {report['machine']}.",
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        *(table(workload) for workload in report["workloads"]),
+        divergence_table(report["divergences"]),
+        f"Medians of {report['rounds']} alternating runs in one process, float32; memory above the "
+        f"inputs, each side in a process of its own. {report['machine']}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Inputs:
 
     @property
     def keep(self) -> Tensor:
+        """Which positions are supervised."""
         return self.targets != IGNORE
 
 

@@ -1,5 +1,6 @@
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ HEADS = {
     "softcap": {"softcap": 3.0},
     "all": {"bias": True, "logit_scale": 0.6, "softcap": 3.0},
 }
+WIDER = (torch.float32, torch.float64)
 TOKENS, VOCAB, PADDED, D_STUDENT, D_TEACHER = 23, 17, 21, 6, 10
 
 
@@ -339,7 +341,7 @@ class Recorder(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self.largest = max(self.largest, leaf.numel())
-        if "mm" in str(func):
+        if "mm" in str(func) or "linear_pointwise" in str(func):
             self.products.append(tuple(out.shape))
         return out
 
@@ -467,3 +469,124 @@ def test_a_head_gives_float32_logits_over_the_ids_asked_for(form):
     )
     half = case.teacher_head.to(torch.bfloat16).logits(case.teacher_hidden.bfloat16(), stop=VOCAB)
     assert half.dtype == torch.float32
+
+
+class Branched(Case):
+    """A student whose head has a LoRA branch of rank 3, as `models.head` hands it over."""
+
+    def __init__(self, form=None, **kwargs):
+        super().__init__(form, **kwargs)
+        generator = torch.Generator().manual_seed(1)
+        rows, dtype = len(self.head.weight), self.hidden.dtype
+        self.down, self.up = (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+            for shape in ((3, D_STUDENT), (rows, 3))
+        )
+        self.leaves += [self.down, self.up]
+
+    def sums(self, spec, **kwargs):
+        return fused_sums(
+            self.hidden,
+            replace(self.head, branch=0.5 * self.up),
+            self.teacher_hidden,
+            self.teacher_head,
+            self.targets,
+            spec,
+            VOCAB,
+            student_branch=self.hidden @ self.down.T,
+            **kwargs,
+        )
+
+    def logits(self, hidden, head):
+        if head is not self.head:
+            return super().logits(hidden, head)
+        return super().logits(hidden, replace(head, weight=head.weight + 0.5 * self.up @ self.down))
+
+
+@each_divergence
+@each_head
+@whether_trained
+def test_a_branch_on_the_head_gives_the_loss_and_gradients_of_the_adapted_weight(
+    divergence, form, trained
+):
+    case = Branched(form, trained=trained, rows=PADDED - 2)
+    spec = Distillation(divergence=divergence, kd_ratio=0.3, temperature=2.0, chunk_gib=gib(5))
+    sums, (loss, ce, kd) = case.sums(spec), case.reference(spec)
+    torch.testing.assert_close([sums.loss, sums.ce, sums.kd], [loss, ce, kd])
+    for actual, expected in zip(case.gradients(sums.loss), case.gradients(loss), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_branch_without_its_input_and_a_teacher_with_a_branch_are_refused():
+    case = Branched()
+    head = replace(case.head, branch=case.up)
+    rest = (case.teacher_hidden, case.teacher_head, case.targets, Distillation(), VOCAB)
+    with pytest.raises(ValueError, match=r"student_branch and student_head\.branch: give both"):
+        fused_sums(case.hidden, head, *rest)
+    with pytest.raises(ValueError, match="needs its input"):
+        head.logits(case.hidden)
+    case.teacher_head = replace(case.teacher_head, branch=torch.zeros(PADDED, 3))
+    with pytest.raises(ValueError, match=r"teacher_head\.branch: must be None"):
+        case.sums(Distillation())
+
+
+@each_head
+@each_temperature
+def test_entropy_and_the_teachers_probability_of_the_target_are_taken_at_temperature_1(
+    form, temperature
+):
+    case = Case(form, rows=PADDED)
+    sums = case.sums(Distillation(temperature=temperature, chunk_gib=gib(4)))
+    q = case.logits(case.hidden, case.head)[:, :VOCAB].softmax(-1)
+    p = case.logits(case.teacher_hidden, case.teacher_head)[:, :VOCAB].softmax(-1)
+    torch.testing.assert_close(sums.student_entropy, -(q * q.log()).sum().detach())
+    torch.testing.assert_close(sums.teacher_target, p.gather(1, case.targets[:, None]).sum())
+
+
+@each_divergence
+@each_head
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_full_logits_in_float32_of_the_same_inputs(
+    divergence, form, dtype
+):
+    spec = Distillation(divergence=divergence, kd_ratio=0.7, chunk_gib=gib(5))
+    half, single, double = (Case(form, trained=True, dtype=d) for d in (dtype, *WIDER))
+    for case in (single, double):
+        with torch.no_grad():
+            for to, of in zip(case.leaves, half.leaves, strict=True):
+                to.copy_(of)
+        case.teacher_hidden = half.teacher_hidden.to(case.hidden.dtype)
+        case.teacher_head = half.teacher_head.to(case.hidden.dtype)
+    exact, in_single, sums = double.reference(spec)[0], single.reference(spec)[0], half.sums(spec)
+    assert (sums.loss - exact).abs() <= 2 * (in_single - exact).abs() + 1e-6 * exact.abs()
+    gradients = zip(
+        half.gradients(sums.loss),
+        single.gradients(in_single),
+        double.gradients(exact),
+        strict=True,
+    )
+    for ours, theirs, true in gradients:
+        rounded = (theirs.to(dtype) - true).norm()  # autograd, too, hands halves back
+        assert (ours - true).norm() <= 1.01 * rounded + 1e-6 * true.norm()
+
+
+def test_a_single_token_gives_its_own_loss_and_gradient():
+    case, spec = Case(tokens=1, trained=True), Distillation()
+    sums, (loss, _, _) = case.sums(spec), case.reference(spec)
+    torch.testing.assert_close(sums.loss, loss)
+    torch.testing.assert_close(case.gradients(sums.loss), case.gradients(loss))
+
+
+@pytest.mark.parametrize(
+    ("chunk_gib", "chunks"),
+    # of 300 tokens: 4 bytes an id, twice, and a block of 2 ** 19 ids five times over
+    [(None, [100] * 3), (1.0, [300]), (0.05, [100] * 3), (0.03, [60] * 5), (1e-9, [1] * 300)],
+)
+def test_chunks_take_the_memory_they_may_and_are_of_like_length(chunk_gib, chunks):
+    vocab, tokens = 40_000, 300
+    head = Head(weight=torch.zeros(vocab, 1))
+    hidden = torch.zeros(tokens, 1)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    with torch.no_grad(), Recorder() as recorder:
+        fused_sums(hidden, head, hidden, head, targets, Distillation(chunk_gib=chunk_gib), vocab)
+    assert recorder.products == [(chunk, vocab) for chunk in chunks for _ in range(2)]

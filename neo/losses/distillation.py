@@ -24,7 +24,7 @@ class Distillation:
         kd_ratio: Weight of the divergence, in [0, 1]; 0 needs no teacher.
         temperature: Softens both distributions in the divergence, never in the cross-entropy.
         chunk_gib: Memory that logits and what is made of them may take at a time, in GiB; at least
-            one token's. Changes no result. None: 0.25 on a CPU, 1 on a GPU.
+            one token's. Changes no result. None: what suits the device (`fused.CHUNK_GIB`).
         kd_positions: `aligned` compares the models where the cross-entropy is taken. `release`
             trains on the positions of the code released with the paper, one later: the first
             token of an answer is never distilled, and the position after its last one is.

@@ -18,9 +18,11 @@ from neo.losses.distillation import Distillation, TokenSums
 from neo.losses.head import Head
 from neo.losses.products import add_transposed_times, times, wide
 
-# Memory of a chunk where `loss.chunk_gib` is left open. A CPU's products are as fast in small
-# chunks; a GPU reads the heads once per chunk, which takes as long as hundreds of tokens' products.
-CHUNK_GIB = {"cpu": 0.25, "cuda": 1.0}
+# Where `loss.chunk_gib` is left open. On a CPU, memory is asked of the system anew and filled page
+# by page past 32 MiB a tensor, while products of few tokens are slow: as small as the first number
+# or as many tokens as the second, whichever is more. A GPU reads the heads once per chunk, which
+# takes it as long as the products of hundreds of tokens.
+CHUNK_GIB = {"cpu": (3 / 64, 128), "cuda": (1.0, 1)}
 
 
 def fused_sums(
@@ -228,9 +230,7 @@ def _chunk_tokens(
 ) -> int:
     """How many tokens' logits fit into the memory that a chunk may take, at least one."""
     device = hidden.device
-    gib = spec.chunk_gib
-    if gib is None:
-        gib = CHUNK_GIB.get(device.type, CHUNK_GIB["cuda"])
+    gib, least = (spec.chunk_gib, 1) if spec.chunk_gib else CHUNK_GIB.get(device.type, (1.0, 1))
     num_models = 1 if teacher is None else 2
     row = vocab * wide(hidden.dtype).itemsize
     # Beside the logits a block of them is there some five times over, as probabilities and so on.
@@ -238,7 +238,7 @@ def _chunk_tokens(
     tokens = int(budget / ((num_models + 5) * row))
     if tokens > (block := block_rows(vocab, device)):
         tokens = int((budget - 5 * block * row) / (num_models * row))
-    return max(1, tokens)
+    return max(least, tokens)
 
 
 def _chunks(tokens: int, size: int) -> Iterator[slice]:

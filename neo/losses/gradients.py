@@ -51,50 +51,50 @@ class Softened:
     log_z_a: PerToken
     log_z_b: PerToken
 
-    def log_p_over_q(self) -> Rows:
-        """log(p / q) per id; minus infinity where the teacher rules an id out."""
+    def log_q_over_p(self) -> Rows:
+        """log(q / p) per id; infinite where the teacher rules an id out."""
         # Subtracting the logits first loses nothing where they are close.
-        return torch.sub(self.b, self.a).add_(_column(self.log_z_a - self.log_z_b, self.a))
+        return torch.sub(self.a, self.b).add_(_column(self.log_z_b - self.log_z_a, self.a))
 
 
 def _forward_kl(x: Softened, *, gradient: bool) -> ValueAndGradient:
     # Where p = 0 a finite ratio will do, and 0 * inf is NaN.
-    ratio = x.log_p_over_q().clamp_min_(torch.finfo(x.p.dtype).min)
+    ratio = x.log_q_over_p().clamp_max_(torch.finfo(x.p.dtype).max)
     return _kl(x.p, x.q, ratio), torch.sub(x.q, x.p) if gradient else None
 
 
 def _reverse_kl(x: Softened, *, gradient: bool) -> ValueAndGradient:
     # Infinite where the teacher rules an id out, unless the student gives it nothing either.
-    slope = x.log_p_over_q().neg_().masked_fill_(x.q == 0, 0.0)
-    value = _kl(x.q, x.p, slope)
+    slope = x.log_q_over_p().masked_fill_(x.q == 0, 0.0)
+    value = _kl(x.q, x.p, -slope)
     return value, _centred(x.q, slope) if gradient else None
 
 
 def _jsd(x: Softened, *, beta: float = 0.5, gradient: bool) -> ValueAndGradient:
-    mixture = _mixture(x.q, x.p, beta)
-    of_teacher = _log(x.p / mixture).mul_(x.p).sum(-1)
-    slope = _log(torch.div(x.q, mixture, out=mixture))
-    of_student = (x.q * slope).sum(-1)
-    value = beta * of_teacher + (1 - beta) * of_student
+    gap = _gap_over_mixture(x.p, x.q, beta)
+    slope = _log_plus_1(gap * -beta)  # log(q / mixture)
+    of_teacher = _log_plus_1(gap.mul_(1 - beta)).mul_(x.p)
+    of_student = x.q * slope
+    value = of_teacher.mul_(beta).add_(of_student, alpha=1 - beta).sum(-1)
     return value, _centred(x.q, slope).mul_(1 - beta) if gradient else None
 
 
 def _skew_forward_kl(x: Softened, *, skew: float = 0.1, gradient: bool) -> ValueAndGradient:
     if skew == 0:
         return _forward_kl(x, gradient=gradient)
-    share = torch.div(x.p, _mixture(x.q, x.p, skew))
-    slope = share * (skew - 1) if gradient else None
-    value = _log(share).mul_(x.p).add_(x.q - x.p, alpha=1 - skew).sum(-1)
-    return value, None if slope is None else _centred(x.q, slope)
+    gap = _gap_over_mixture(x.p, x.q, skew).mul_(1 - skew)
+    value = _skew_kl(x.p, x.q, _log_plus_1(gap.clone()), skew)
+    # The slope is (skew - 1) p / mixture, which is this and a constant.
+    return value, _centred(x.q, gap.mul_(skew - 1)) if gradient else None
 
 
 def _skew_reverse_kl(x: Softened, *, skew: float = 0.1, gradient: bool) -> ValueAndGradient:
     if skew == 0:
         return _reverse_kl(x, gradient=gradient)
-    share = torch.div(x.q, _mixture(x.p, x.q, skew))
-    log_share = _log(share.clone())
-    value = (x.q * log_share).add_(x.p - x.q, alpha=1 - skew).sum(-1)
-    return value, _centred(x.q, log_share.sub_(share, alpha=skew)) if gradient else None
+    gap = _gap_over_mixture(x.q, x.p, skew).mul_(1 - skew)
+    log_share = _log_plus_1(gap.clone())
+    value = _skew_kl(x.q, x.p, log_share, skew)
+    return value, _centred(x.q, log_share.sub_(gap, alpha=skew)) if gradient else None
 
 
 def _adaptive_kl(x: Softened, *, head_mass: float = 0.5, gradient: bool) -> ValueAndGradient:
@@ -116,26 +116,31 @@ def _total_variation(x: Softened, *, gradient: bool) -> ValueAndGradient:
 
 
 def _kl(p: Rows, q: Rows, log_ratio: Rows) -> PerToken:
-    r"""KL(p || q) of the ratio log(p / q).
+    r"""KL(p || q) of the ratio log(q / p).
 
-    The sum of q - p, which is 0, is added id by id, as p (exp(-ratio) - 1). No term is negative
+    The sum of q - p, which is 0, is added id by id, as p (exp(ratio) - 1). No term is negative
     then, and an error of the normalisers, which is one of all ratios alike, cancels; without that
     it drowns the difference of models that almost agree. Where q > e p the exponential might
     overflow: it is bounded, and what is missing is added.
     """
-    missing = torch.add(q, p, alpha=-math.e).relu_()
-    terms = log_ratio.clamp_min(-1).neg_().expm1_().add_(log_ratio).mul_(p)
-    return terms.add_(missing).sum(-1)
+    missing = torch.add(q, p, alpha=-math.e).relu_().sum(-1)
+    return log_ratio.clamp_max(1).expm1_().sub_(log_ratio).mul_(p).sum(-1) + missing
 
 
-def _mixture(a: Rows, b: Rows, weight: float) -> Rows:
-    """`(1 - weight) a + weight b`; above 0, so that 0 may be divided by it."""
-    return torch.lerp(a, b, weight).clamp_min_(torch.finfo(a.dtype).tiny)
+def _skew_kl(p: Rows, q: Rows, log_share: Rows, skew: float) -> PerToken:
+    """KL(p || mixture) of log(p / mixture), with a sum of mixture - p added, as in `_kl`."""
+    return (p * log_share).add_(q - p, alpha=1 - skew).sum(-1)
 
 
-def _log(share: Rows) -> Rows:
-    """The logarithm in place; finite at 0, which only ever multiplies 0."""
-    return share.clamp_min_(torch.finfo(share.dtype).tiny).log_()
+def _gap_over_mixture(p: Rows, q: Rows, weight: float) -> Rows:
+    """(p - q) / (`weight` p + (1 - `weight`) q); 0 where both are."""
+    mixture = torch.lerp(q, p, weight).clamp_min_(torch.finfo(q.dtype).tiny)
+    return torch.div(p - q, mixture, out=mixture)
+
+
+def _log_plus_1(gap: Rows) -> Rows:
+    """log(1 + gap) in place; finite at -1, where it only ever multiplies a probability of 0."""
+    return gap.clamp_min_(torch.finfo(gap.dtype).eps - 1).log1p_()
 
 
 def _centred(q: Rows, slope: Rows) -> Rows:
