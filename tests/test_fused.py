@@ -68,17 +68,27 @@ whether_trained = pytest.mark.parametrize("trained", [False, True], ids=["frozen
 class Case:
     """Hidden states and heads of a student and a teacher over the same tokens."""
 
-    def __init__(self, form=None, *, trained=False, tokens=TOKENS, dtype=torch.float64, rows=VOCAB):
+    def __init__(
+        self,
+        form=None,
+        *,
+        trained=False,
+        tokens=TOKENS,
+        dtype=torch.float64,
+        rows=VOCAB,
+        device="cpu",
+    ):
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return drawn.to(device, dtype)
 
         form = dict(form or {})
         biased = form.pop("bias", False)
         self.hidden = normal(tokens, D_STUDENT).requires_grad_()
         self.teacher_hidden = normal(tokens, D_TEACHER)
-        self.targets = torch.randint(VOCAB, (tokens,), generator=generator)
+        self.targets = torch.randint(VOCAB, (tokens,), generator=generator).to(device)
         self.head = Head(
             weight=normal(rows, D_STUDENT).requires_grad_(trained),
             bias=normal(rows).requires_grad_(trained) if biased else None,
@@ -590,3 +600,20 @@ def test_chunks_take_the_memory_they_may_and_are_of_like_length(chunk_gib, chunk
     with torch.no_grad(), Recorder() as recorder:
         fused_sums(hidden, head, hidden, head, targets, Distillation(chunk_gib=chunk_gib), vocab)
     assert recorder.products == [(chunk, vocab) for chunk in chunks for _ in range(2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_divergence
+@each_head
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_gives_the_loss_and_gradients_of_the_cpu(divergence, form, dtype):
+    spec = Distillation(divergence=divergence, kd_ratio=0.7, temperature=2.0, chunk_gib=gib(5))
+    on_cpu = Case(form, trained=True, dtype=dtype)
+    on_gpu = Case(form, trained=True, dtype=dtype, device="cuda")
+    expected, actual = on_cpu.sums(spec), on_gpu.sums(spec)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(actual.loss.cpu(), expected.loss, rtol=tolerance, atol=tolerance)
+    gradients = zip(on_gpu.gradients(actual.loss), on_cpu.gradients(expected.loss), strict=True)
+    for ours, theirs in gradients:
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=5 * tolerance, atol=5 * tolerance)

@@ -24,7 +24,7 @@ from transformers import (
 )  # fmt: skip
 
 from neo.models import head as head_module
-from neo.models.causal_lm import CausalLM, check_head, hidden_states
+from neo.models.causal_lm import CausalLM, check_head, check_packing, hidden_states
 from neo.models.head import head_of
 
 IDS = torch.arange(4, 13)[None]
@@ -318,3 +318,16 @@ def test_heads_are_told_apart_without_weights(tmp_path):
     with torch.device("meta"):
         get_peft_model(meta, LoraConfig(target_modules=["lm_head"]))
     assert head_of(meta).lora.up.is_meta
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_carries_state_between_packed_examples_is_refused(family):
+    model = build(family).train()
+    if family in ("falcon_h1", "inkling", "recurrent_gemma", "xlstm"):
+        with pytest.raises(
+            ValueError, match=r"data\.packing=true: .* carries state from one packed"
+        ):
+            check_packing(model)
+    else:
+        check_packing(model)
+    assert model.training

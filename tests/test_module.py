@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from neo.data.datamodule import DataModule, peek
 from neo.data.stream import FileData
 from neo.losses.distillation import Distillation
-from neo.models.causal_lm import CausalLM
+from neo.models import causal_lm
+from neo.models.causal_lm import CausalLM, hidden_states
 from neo.models.student import save_student, trained_parameters
 from neo.models.tokenizers import num_token_ids
 from neo.models.variants import lora, none
@@ -61,8 +62,8 @@ def build(student_dir, teacher_dir):
 def data(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl")
 
-    def data(batch_size=2, val_share=0.0):
-        spec = FileData(path=str(file), max_length=64, batch_size=batch_size, packing=False,
+    def data(batch_size=2, val_share=0.0, packing=False):
+        spec = FileData(path=str(file), max_length=64, batch_size=batch_size, packing=packing,
                         val_share=val_share)  # fmt: skip
         return DataModule(spec, tokenizer(), seed=0)
 
@@ -95,6 +96,19 @@ def test_weights_are_loaded_once(build):
     student = module.student
     module.configure_model()
     assert module.student is student
+
+
+def test_a_model_that_carries_state_between_packed_examples_does_not_train_on_them(
+    build, data, monkeypatch
+):
+    def leaking(model, input_ids, position_ids):
+        everywhere = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return hidden_states(model, input_ids, everywhere)
+
+    monkeypatch.setattr(causal_lm, "hidden_states", leaking)
+    with pytest.raises(ValueError, match=r"carries state .*; set data\.packing=false"):
+        fit(build(), data(packing=True))
+    fit(build(), data(packing=False))
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)])

@@ -101,8 +101,8 @@ def _adaptive_kl(x: Softened, *, head_mass: float = 0.5, gradient: bool) -> Valu
     head, tail = adaptive_weights(x.p, x.q, head_mass)
     forward, forward_gradient = _forward_kl(x, gradient=gradient)
     reverse, reverse_gradient = _reverse_kl(x, gradient=gradient)
-    # The weight of reverse KL is never 0 where that is infinite.
-    value = head * forward + tail * reverse
+    # A weight of 0 must hide an infinite value; that of reverse KL is never 0 where it is infinite.
+    value = head * forward.masked_fill(head == 0, 0.0) + tail * reverse
     if forward_gradient is None or reverse_gradient is None:
         return value, None
     forward_gradient.mul_(head.unsqueeze(-1))

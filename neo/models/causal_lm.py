@@ -242,6 +242,29 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Compares the hidden states of a packed example with those it has alone, on four tokens.
+
+    Raises:
+        ValueError: They differ: the model carries something from one example into the next, as
+            recurrent ones do.
+    """
+    input_ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(4)[None]
+    was_training = model.training
+    model.eval()  # dropout would differ, too
+    alone = hidden_states(model, input_ids[:, 4:], positions)
+    packed = hidden_states(model, input_ids, positions.repeat(1, 2))[:, 4:]
+    model.train(was_training)
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
+    if ((packed - alone).abs() > tolerance * alone.abs().max()).any():
+        raise ValueError(
+            f"data.packing=true: {type(model).__name__} carries state from one packed example into "
+            "the next; set data.packing=false"
+        )
+
+
 def _check_folder(folder: Path, path: str, *, with_weights: bool) -> None:
     if not folder.is_dir():
         raise ValueError(f"path={path!r}: there is no such folder")

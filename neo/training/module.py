@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
-from neo.models.causal_lm import CausalLM
+from neo.models.causal_lm import CausalLM, check_packing
 from neo.models.student import build_student, inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
@@ -70,8 +70,11 @@ class NeoModule(L.LightningModule):
                     "student.dtype=float32"
                 )
         self.teacher = teacher.load_frozen(device) if teacher is not None else None
+        data = getattr(self._trainer, "datamodule", None)
         for model in (inner(self.student), getattr(self.teacher, "model", None)):
             if model is not None:
+                if data is not None and data.data.packing:
+                    check_packing(model)
                 speed_up_frozen(model.get_decoder())
         self.built = True
 
