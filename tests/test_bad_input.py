@@ -263,6 +263,11 @@ REFUSED = {
         "q_proj",
     ),
     "pattern that matches nothing": ("lora.target_modules=.*prj", "lora.target_modules=['.*prj']"),
+    "LoRA+ over a frozen A": (
+        "lora=lora_fa optim.loraplus_lr_ratio=16",
+        "optim.loraplus_lr_ratio=16",
+        "not both are trained",
+    ),
     "DoRA on the head": (
         "lora.target_modules=[lm_head] lora.use_dora=true",
         "lora: the head of LlamaForCausalLM has a LoRA branch of the variant Dora",

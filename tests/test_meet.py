@@ -10,6 +10,7 @@ from neo.models.tokenizers import num_token_ids
 from neo.models.variants import lora, none
 from neo.teachers.online import OnlineTeacher
 from neo.training.meet import meet, meet_all
+from neo.training.optim import AdamW
 
 
 def specs(student, teacher):
@@ -153,7 +154,14 @@ def test_models_and_rows_meet_without_a_weight_being_read(
     rows = FileData(path=str(write_rows(tmp_path / "rows.jsonl")), max_length=64, val_share=0.25)
     config = {"seed": 0, "trainer": {"max_steps": -1}}
     meeting, data = meet_all(
-        config, {"student": student, "teacher": teacher, "lora": lora(r=2), "data": rows}
+        config,
+        {
+            "student": student,
+            "teacher": teacher,
+            "lora": lora(r=2),
+            "data": rows,
+            "optim": AdamW(lr=1.0),
+        },
     )
     assert meeting.vocab == num_token_ids(tokenizer())
     assert (data.num_rows, data.num_val_rows) == (6, 2)

@@ -1,9 +1,14 @@
 import pytest
 import torch
+from lab import compose
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 
+from neo.config import build
 from neo.models.causal_lm import CausalLM
-from neo.models.variants import Variant, lora, none
+from neo.models.moslora import MoSLoRAConfig
+from neo.models.student import build_student
+from neo.models.variants import Variant, lora, lora_fa, moslora, none
 
 
 @pytest.fixture
@@ -23,6 +28,32 @@ def test_the_keys_of_a_variant_are_pefts_own():
     assert (variant.adapter.r, variant.adapter.lora_alpha) == (3, 5)
     assert variant.adapter.use_rslora
     assert variant.adapter.task_type == "CAUSAL_LM"
+
+
+def test_a_mixer_is_a_key_beside_those_of_lora():
+    variant = moslora(r=3, lora_alpha=5, mixer="orthogonal")
+    assert isinstance(variant.adapter, MoSLoRAConfig)
+    assert (variant.adapter.r, variant.adapter.lora_alpha) == (3, 5)
+    assert variant.adapter.mixer == "orthogonal"
+    assert moslora().adapter.mixer == "kaiming"
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "scaling"),
+    [("lora", 64, 2), ("rslora", 64, 2), ("rslora", 16, 4), ("dora", 4, 2)],
+)
+def test_the_scaling_of_a_file_is_what_its_comment_says(student_dir, name, r, scaling):
+    variant = build(compose(f"lora={name}", "method=lora", f"lora.r={r}")["lora"])
+    student = build_student(CausalLM(path=str(student_dir)), variant, torch.device("cpu"), 0)
+    scalings = {m.scaling["default"] for m in student.modules() if isinstance(m, LoraLayer)}
+    assert scalings == {scaling}
+
+
+def test_what_is_done_once_a_branch_is_attached_is_done_to_the_attached_model(model):
+    seen = []
+    variant = Variant(lora(r=2).adapter, lambda student: seen.append(student) or student)
+    assert variant.attach(model) is seen[0]
+    assert isinstance(seen[0], PeftModel)
 
 
 def test_all_linear_is_every_linear_layer_but_the_head(model):
@@ -80,12 +111,14 @@ def test_a_target_that_matches_no_layer_is_refused_with_the_layers_there_are(mod
         ({"lora_alpha": 0}, "lora.lora_alpha=0: must be a number above 0"),
         ({"lora_dropout": 1}, r"lora.lora_dropout=1: must lie in \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora.lora_dropout=-0.1"),
+        ({"kasa_config": {}}, r"lora.kasa_config=\{\}: KaSA is not supported"),
         ({"target_modules": []}, r"lora.target_modules=\[\]: must name at least one layer"),
     ],
 )
 def test_a_value_that_peft_would_only_trip_over_later_is_refused(keys, message):
-    with pytest.raises(ValueError, match=message):
-        lora(**keys)
+    for variant in (lora, moslora, lora_fa):
+        with pytest.raises(ValueError, match=message):
+            variant(**keys)
 
 
 def test_all_wrong_values_are_named_at_once():

@@ -14,6 +14,7 @@ from neo.models.student import build_meta_student, inner, trained_parameters
 from neo.models.tokenizers import num_token_ids, tokenizer_differences
 from neo.models.variants import Variant
 from neo.teachers.online import OnlineTeacher
+from neo.training.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
     try:
         meeting = meet(student, specs["teacher"], specs["lora"], max_length)
         tokenizer = meeting.tokenizer
+        problems += _problems_of_groups(specs["optim"], meeting)
     except ConfigError as error:
         problems += error.problems
         tokenizer = None
@@ -63,6 +65,15 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
         raise ConfigError(problems)
     assert data is not None  # there is a tokenizer where the models have met
     return meeting, data
+
+
+def _problems_of_groups(optim: AdamW, meeting: Meeting) -> list[str]:
+    """What is wrong with the optimizer's groups, over what will be trained."""
+    try:
+        optim.check(meeting.trained_tensors)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
 
 
 def meet(

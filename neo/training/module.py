@@ -119,9 +119,7 @@ class NeoModule(L.LightningModule):
         undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, undo / tokens.clamp(min=1))
-        lr = self.optim.rate(self.progress())
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.optim.set_rates(optimizer, self.progress())
         self.num_tokens = self.num_tokens.to(tokens.device) + tokens
         if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             self._log_step(sums, tokens, gradients, lr)

@@ -1,0 +1,222 @@
+"""Laws of every file in conf/lora, found in the folder: a new file is held to them unasked."""
+
+from functools import cache
+
+import pytest
+import torch
+from fits import fit, trained
+from lab import compose, tokenizer, write_rows
+from transformers import LlamaConfig
+
+from neo.config import build, conf_dir, validate
+from neo.models.causal_lm import CausalLM
+from neo.models.lora_fa import freeze_a
+from neo.models.student import build_meta_student, build_student, trained_parameters
+from neo.models.variants import Variant
+from neo.training.module import NeoModule
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 6, 7, 8, 9, 3, 4], [11, 12, 13, 2, 1, 40, 41]])
+FILES = sorted((conf_dir() / "lora").glob("*.yaml"))
+NAMES = [file.stem for file in FILES]
+WHOLE = [file.stem for file in FILES if "neo.models.variants.none" in file.read_text()]
+BRANCHES = [name for name in NAMES if name not in WHOLE]
+# in, out of the layers of Llama-3.2-1B: q, k, v, o, gate, up, down; 16 of each
+SHAPES = 16 * [(2048, 2048), (2048, 512), (2048, 512), (2048, 2048), (2048, 8192), (2048, 8192),
+               (8192, 2048)]  # fmt: skip
+
+
+def chosen(name):
+    """The command line that takes the variant, at a rank that fits the tiny models."""
+    return [f"lora={name}", *(["method=sft"] if name in WHOLE else ["method=lora", "lora.r=4"])]
+
+
+@cache
+def composed(name):
+    return compose(*chosen(name), "optim.lr=0.02")
+
+
+def variant_of(name, **keys):
+    return build({**composed(name)["lora"], **({} if name in WHOLE else keys)})
+
+
+def attached(name, folder):
+    return build_student(CausalLM(path=str(folder)), variant_of(name), CPU, 0).eval()
+
+
+def train(name, student, steps=3):
+    """A few steps with the optimizer that the file asks for."""
+    optimizer = build(composed(name)["optim"]).build(trained_parameters(student))
+    step(student, optimizer, steps)
+    return student
+
+
+def step(student, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        student(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def base_logits(student_dir):
+    return logits(CausalLM(path=str(student_dir)).load(CPU, trained=False))
+
+
+@pytest.fixture(scope="module")
+def llama_1b(tmp_path_factory):
+    """Llama-3.2-1B's configuration, without weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=128001,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    ).save_pretrained(folder)  # fmt: skip
+    tokenizer().save_pretrained(folder)
+    return CausalLM(path=str(folder), random_init=True)
+
+
+def test_the_folder_holds_a_variant_with_a_branch_and_one_without():
+    assert BRANCHES
+    assert WHOLE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_composing_it_builds_a_variant(name):
+    config = composed(name)
+    validate(config)
+    variant = build(config["lora"])
+    assert isinstance(variant, Variant)
+    assert (variant.adapter is None) == (name in WHOLE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attaching_it_changes_no_output(name, student_dir, base_logits):
+    student = attached(name, student_dir)
+    torch.testing.assert_close(logits(student), base_logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(student.train()), base_logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_its_own_parameters_train_and_all_of_them(name, student_dir):
+    student = attached(name, student_dir)
+    names = set(trained_parameters(student))
+    if name in WHOLE:
+        assert names == {name for name, _ in student.named_parameters()}
+    else:
+        assert names
+        assert all("lora_" in parameter for parameter in names)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    train(name, student)
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == names
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_merged_it_equals_the_branch_after_a_few_steps(name, student_dir, base_logits):
+    student = train(name, attached(name, student_dir))
+    expected = logits(student)
+    assert (expected - base_logits).abs().max() > 0.1
+    merged = student.merge_and_unload(safe_merge=True)
+    assert not any("lora_" in parameter for parameter, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+
+
+def num_trained(variant, r):
+    """The closed form of what a variant trains in Llama-3.2-1B, all linear layers but the head."""
+    total = 0
+    for width, rows in SHAPES:
+        total += 0 if variant.finish is freeze_a else r * width  # A
+        total += rows * r  # B
+        total += rows if variant.adapter.use_dora else 0  # a magnitude per row
+        total += r * r if hasattr(variant.adapter, "mixer") else 0
+        total += r if variant.adapter.kasa_config else 0  # singular values
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "plain"),
+    [(name, 64, 45_088_768) for name in NAMES] + [("lora", 128, 90_177_536)],
+)
+def test_in_llama_3_2_1b_it_trains_what_the_closed_form_says(name, r, plain, llama_1b):
+    variant = variant_of(name, r=r)
+    student = build_meta_student(llama_1b, variant)
+    assert all(p.is_meta for p in student.parameters())
+    trains = sum(p.numel() for p in trained_parameters(student).values())
+    if name in WHOLE:
+        assert trains == 1_235_814_400
+    else:
+        assert variant.adapter.r == r
+        assert trains == num_trained(variant, r)
+    if name == "lora":
+        assert trains == plain
+
+
+def module_of(name, folder):
+    variant, config = variant_of(name, lora_dropout=0.3), composed(name)
+    spec, loss, optim = CausalLM(path=str(folder)), build(config["loss"]), build(config["optim"])
+    module = NeoModule(spec, None, variant, loss, optim, vocab=len(tokenizer()), seed=0)
+    module.configure_model()
+    return module, module.configure_optimizers()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(name, student_dir, tmp_path):
+    torch.manual_seed(0)
+    whole, optimizer = module_of(name, student_dir)
+    step(whole.student, optimizer, 2)
+    checkpoint = {"state_dict": whole.state_dict(), "optimizer": optimizer.state_dict()}
+    whole.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    step(whole.student, optimizer, 2)
+
+    torch.manual_seed(1)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed, optimizer = module_of(name, student_dir)
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(resumed.restored_rng)
+    step(resumed.student, optimizer, 2)
+    weights = dict(resumed.student.named_parameters())
+    for parameter, value in whole.student.named_parameters():  # the frozen ones too
+        assert torch.equal(weights[parameter], value), parameter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stopped_run_of_it_ends_as_if_it_had_never_stopped(
+    name, student_dir, tmp_path, monkeypatch
+):
+    settings = [
+        *chosen(name), "trainer.max_steps=4", "trainer.max_epochs=-1", "data.batch_size=2",
+        "data.packing=false", f"data.path={write_rows(tmp_path / 'rows.jsonl')}", "optim.lr=0.01",
+        "checkpoint_every_n_steps=2",
+        *([] if name in WHOLE else ["lora.lora_dropout=0.1"]),
+    ]  # fmt: skip
+    fit(student_dir, None, tmp_path / "whole", *settings)
+    whole_step = NeoModule.training_step
+
+    def cut_off(self, batch, batch_idx):
+        if self.trainer.global_step == 3:
+            raise RuntimeError("the power went out")
+        return whole_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(NeoModule, "training_step", cut_off)
+    with pytest.raises(RuntimeError, match="power went out"):
+        fit(student_dir, None, tmp_path / "cut", *settings)
+    monkeypatch.undo()
+    fit(student_dir, None, tmp_path / "cut", *settings)
+    expected, actual = trained(tmp_path / "whole"), trained(tmp_path / "cut")
+    assert expected.keys() == actual.keys()
+    for parameter, value in expected.items():
+        torch.testing.assert_close(actual[parameter], value, rtol=0, atol=0)
