@@ -230,7 +230,9 @@ def _chunk_tokens(
 ) -> int:
     """How many tokens' logits fit into the memory that a chunk may take, at least one."""
     device = hidden.device
-    gib, least = (spec.chunk_gib, 1) if spec.chunk_gib else CHUNK_GIB.get(device.type, (1.0, 1))
+    gib, least = CHUNK_GIB.get(device.type, CHUNK_GIB["cuda"])
+    if spec.chunk_gib is not None:
+        gib, least = spec.chunk_gib, 1
     num_models = 1 if teacher is None else 2
     row = vocab * wide(hidden.dtype).itemsize
     # Beside the logits a block of them is there some five times over, as probabilities and so on.
