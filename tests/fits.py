@@ -1,12 +1,16 @@
 """Whole runs for tests: composed like a user's, trained in this process, small."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lab import compose_raw
 
 from neo.results.records import RunRecord
 from neo.train import train
+from neo.training.module import NeoModule
 
 ROWS = Path(__file__).parent / "rows"
 
@@ -31,6 +35,22 @@ def fit(student: Path, teacher: Path | None, folder: Path, *overrides: str) -> R
     )
     assert record is not None
     return record
+
+
+@contextmanager
+def power_cut(step: int) -> Iterator[None]:
+    """Within it a run must train, and ends by an error before that optimizer step is done."""
+    training_step = NeoModule.training_step
+
+    def cut_off(self: NeoModule, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == step:
+            raise RuntimeError("the power went out")
+        return training_step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NeoModule, "training_step", cut_off)
+        with pytest.raises(RuntimeError, match="power went out"):
+            yield
 
 
 def history(folder: Path, name: str) -> list[float]:

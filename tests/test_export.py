@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from fits import fit, trained
+from fits import fit, power_cut, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,6 @@ from neo.export import OtherLogitsError, export, main
 from neo.models.causal_lm import CausalLM
 from neo.models.student import PROBE, build_student
 from neo.models.variants import lora
-from neo.training.module import NeoModule
 
 IDS = torch.arange(5, 45)[None]
 
@@ -184,23 +183,14 @@ def test_the_export_of_every_variant_says_its_conversion_and_the_difference_it_m
 
 @pytest.mark.parametrize("choice", ["pissa_fast", "olora"])
 def test_a_stopped_run_goes_on_from_the_same_base_and_exports_the_same_adapter(
-    student_dir, tmp_path, monkeypatch, choice
+    student_dir, tmp_path, choice
 ):
     settings = ["method=lora", f"lora={choice}", "trainer.max_steps=4", "trainer.max_epochs=-1",
                 "data.batch_size=2", "data.packing=false", "optim.lr=0.01",
                 "checkpoint_every_n_steps=2"]  # fmt: skip
     fit(student_dir, None, tmp_path / "whole", *settings)
-    step = NeoModule.training_step
-
-    def cut_off(self, batch, batch_idx):
-        if self.trainer.global_step == 3:
-            raise RuntimeError("the power went out")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(NeoModule, "training_step", cut_off)
-    with pytest.raises(RuntimeError, match="power went out"):
+    with power_cut(3):
         fit(student_dir, None, tmp_path / "cut", *settings)
-    monkeypatch.undo()
     fit(student_dir, None, tmp_path / "cut", *settings)
     expected, actual = trained(tmp_path / "whole"), trained(tmp_path / "cut")
     assert expected.keys() == actual.keys()

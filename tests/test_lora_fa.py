@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from fits import fit, trained
+from fits import fit, power_cut, trained
 from lab import compose
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer
@@ -13,7 +13,6 @@ from neo.export import export
 from neo.models.causal_lm import CausalLM
 from neo.models.student import build_meta_student, build_student, trained_parameters
 from neo.models.variants import lora, lora_fa
-from neo.training.module import NeoModule
 from neo.training.optim import AdamW
 
 CPU = torch.device("cpu")
@@ -121,19 +120,10 @@ def test_a_checkpoint_holds_b_alone_and_the_adapter_holds_a_as_it_was_drawn(run,
 
 
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_never_stopped(
-    run, student_dir, teacher_dir, tmp_path, monkeypatch
+    run, student_dir, teacher_dir, tmp_path
 ):
-    step = NeoModule.training_step
-
-    def cut_off(self, batch, batch_idx):
-        if self.trainer.global_step == 5:
-            raise RuntimeError("the power went out")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(NeoModule, "training_step", cut_off)
-    with pytest.raises(RuntimeError, match="power went out"):
+    with power_cut(5):
         fit(student_dir, teacher_dir, tmp_path, *SETTINGS)
-    monkeypatch.undo()
     torch.manual_seed(99)  # another process would not be where this one is
     fit(student_dir, teacher_dir, tmp_path, *SETTINGS)
     expected, actual = trained(run[0]), trained(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import ROWS, fit, history, trained
+from fits import ROWS, fit, history, power_cut, trained
 from lab import compose_raw
 
 from neo.config import ConfigError, run_id
@@ -50,27 +50,18 @@ def test_rows_of_every_schema_are_trained_on_from_the_command_line_of_the_readme
 
 
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_never_stopped(
-    student_dir, teacher_dir, tmp_path, monkeypatch
+    student_dir, teacher_dir, tmp_path
 ):
     settings = ["trainer.max_epochs=3", "data.batch_size=2", "data.packing=false", "optim.lr=0.01",
                 "checkpoint_every_n_steps=2", "lora.lora_dropout=0.1", "data.max_bad_rows=null",
                 "trainer.accumulate_grad_batches=2"]  # fmt: skip
     whole = fit(student_dir, teacher_dir, tmp_path / "whole", *settings)
 
-    step = NeoModule.training_step
-
-    def cut_off(self, batch, batch_idx):
-        if self.trainer.global_step == 5:
-            raise RuntimeError("the power went out")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(NeoModule, "training_step", cut_off)
-    with pytest.raises(RuntimeError, match="power went out"):
+    with power_cut(5):
         fit(student_dir, teacher_dir, tmp_path / "cut", *settings)
     failed = read_record(tmp_path / "cut" / "record.json")
     assert failed.status == "failed"
     assert "the power went out" in failed.error
-    monkeypatch.undo()
     resumed = fit(student_dir, teacher_dir, tmp_path / "cut", *settings)
     assert resumed.status == "ok"
     assert resumed.num_tokens == whole.num_tokens
