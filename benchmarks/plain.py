@@ -27,7 +27,7 @@ from transformers import (
 from workload import MAX_LENGTH
 
 from neo.data.prompt import PromptEncoder
-from neo.training.callbacks import PeakMemory
+from neo.training.peak_memory import PeakMemory
 
 KD_RATIO = 0.5
 

@@ -41,12 +41,12 @@ from neo.config import (
 )
 from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
-from neo.models.student import inner, save_student
+from neo.models.start import Start
+from neo.models.student import inner, save_student, trained_parameters
 from neo.results.records import RunRecord, finite, provenance, write_record
 from neo.training.callbacks import (
     Checkpoints,
     DivergedError,
-    PeakMemory,
     ProgressBar,
     StopOnNaN,
     Throughput,
@@ -56,6 +56,7 @@ from neo.training.exact_match import exact_match
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule
+from neo.training.peak_memory import PeakMemory
 from neo.training.run_folder import recorded_run
 from neo.training.summary import print_plan, print_result
 from neo.training.trainer import build_trainer
@@ -158,6 +159,7 @@ class Run:
         self.specs, self.meeting, self.data = specs, meeting, data
         self.metrics: dict[str, float] = {}
         self.throughput, self.memory = Throughput(), PeakMemory()
+        self.num_trainable_parameters = meeting.num_trainable_parameters
         self.num_tokens: int | None = None
         self.peak_gib: float | None = None
 
@@ -190,7 +192,7 @@ class Run:
             started_at=started_at,
             metrics=finite(self.metrics),
             num_parameters=self.meeting.num_parameters,
-            num_trainable_parameters=self.meeting.num_trainable_parameters,
+            num_trainable_parameters=self.num_trainable_parameters,
             num_tokens=self.num_tokens,
             seconds=round(time.perf_counter() - began, 3),
             peak_memory_gib=self.peak_gib,
@@ -219,17 +221,18 @@ class Run:
         config, folder = self.config, self.folder
         checkpoint = folder / "checkpoints" / "last.ckpt"
         resuming = checkpoint.exists() and not config["rerun"]
-        step = (
-            torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
-            if resuming
-            else None
-        )
+        step = start = None
         if resuming:
+            held = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            step, kept = held["global_step"], held["neo"].get("start")
+            start = None if kept is None else Start(**kept)
             console.print(f"going on from step {step} of {checkpoint}")
         module = NeoModule(
             **{key: self.specs[key] for key in ("student", "teacher", "lora", "loss", "optim")},
             vocab=self.meeting.vocab,
             seed=config["seed"],
+            start=start,
+            memory=self.memory,
         )
         self.trainer = trainer = self._trainer(step)
         try:
@@ -241,6 +244,11 @@ class Run:
             )
         finally:
             self.num_tokens = int(module.num_tokens)
+            self.metrics |= module.init_metrics
+            if module.built:  # EVA decides on the ranks when it begins
+                self.num_trainable_parameters = sum(
+                    p.numel() for p in trained_parameters(module.student).values()
+                )
             self.peak_gib = self.memory.gib()
             self.metrics |= {k: float(v) for k, v in trainer.callback_metrics.items()}
             self.metrics["perf/tokens_per_s"] = self.throughput.tokens_per_s(module)

@@ -19,6 +19,7 @@ from transformers import (
 
 from neo.config import conf_dir, open_groups, register, resolve
 from neo.data.mini_tokenizer import build_tokenizer
+from neo.models.calibration import Calibration, CalibrationBatch
 
 # What each family adds to hidden states before it calls them logits differs: that is the point.
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -44,6 +45,26 @@ ROWS = [
 @cache
 def tokenizer() -> Any:
     return build_tokenizer()
+
+
+def calibration(num_batches: int = 2, length: int = 24, seed: int = 0) -> Calibration:
+    """Sequences of random tokens of which the second half is supervised, with the cross-entropy."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(num_batches):
+        ids = torch.randint(3, 60, (4, length), generator=generator)
+        places = torch.arange(length).repeat(4, 1)
+        batches.append(
+            CalibrationBatch(ids, places, (places >= length // 2) & (places < length - 1))
+        )
+
+    def backward(model: Any) -> None:
+        for batch in batches:
+            targets = batch.input_ids.roll(-1, 1)[batch.supervised]
+            logits = model(input_ids=batch.input_ids).logits[batch.supervised]
+            torch.nn.functional.cross_entropy(logits, targets).backward()
+
+    return Calibration(batches, backward)
 
 
 def tiny_model(

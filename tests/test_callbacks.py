@@ -10,7 +10,8 @@ import torch
 from test_module import build, data, fit
 
 from neo.training import callbacks
-from neo.training.callbacks import DivergedError, PeakMemory, ProgressBar, StopOnNaN, Throughput
+from neo.training.callbacks import DivergedError, ProgressBar, StopOnNaN, Throughput
+from neo.training.peak_memory import PeakMemory
 from neo.training.module import NeoModule
 
 __all__ = ["build", "data"]  # fixtures

@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neo.models.causal_lm import CausalLM
+from neo.models.start import start_of
 from neo.models.student import (
     PROBE,
     build_meta_student,
     build_student,
-    initial_adapter,
     inner,
     logits_on,
     save_student,
@@ -25,6 +25,10 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 def build(folder, variant, seed=0):
     return build_student(CausalLM(path=str(folder)), variant, CPU, seed)
+
+
+def began_with(student):
+    return start_of(student).tensors
 
 
 def test_a_fresh_branch_does_not_change_the_output(student_dir):
@@ -172,7 +176,7 @@ def test_a_start_follows_from_the_seed_to_the_bit(student_dir, init):
     first = build(student_dir, variant, seed=3)
     torch.rand(5)  # whatever was drawn between two builds
     again = build(student_dir, variant, seed=3)
-    for parts in (frozen, trained_parameters, initial_adapter):
+    for parts in (frozen, trained_parameters, began_with):
         assert parts(first).keys() == parts(again).keys()
         assert parts(first)
         assert all(torch.equal(value, parts(again)[name]) for name, value in parts(first).items())
@@ -189,21 +193,21 @@ def test_a_start_that_was_kept_gives_the_same_student_without_another_svd(
     first = build_student(spec, variant, CPU, 0)
     for name in ("torch.linalg.svd", "torch.linalg.qr", "torch.svd_lowrank"):
         monkeypatch.setattr(name, None)
-    again = build_student(spec, variant, CPU, 1, initial_adapter(first))
-    for parts in (frozen, trained_parameters, initial_adapter):
+    again = build_student(spec, variant, CPU, 1, start_of(first))
+    for parts in (frozen, trained_parameters, began_with):
         assert all(torch.equal(value, parts(again)[name]) for name, value in parts(first).items())
     assert again.active_peft_config.init_lora_weights == init
 
 
-def test_the_start_is_a_copy_that_training_does_not_move_and_no_checkpoint_holds(student_dir):
+def test_the_start_is_a_copy_that_training_does_not_move_and_no_state_dict_holds(student_dir):
     student = build(student_dir, linear(init_lora_weights="pissa"))
-    before = {name: value.clone() for name, value in initial_adapter(student).items()}
+    before = {name: value.clone() for name, value in began_with(student).items()}
     held = len(student.state_dict())
     moved(student)
     assert len(before) == 2 * 7 * 2
-    assert all(torch.equal(value, before[name]) for name, value in initial_adapter(student).items())
+    assert all(torch.equal(value, before[name]) for name, value in began_with(student).items())
     assert held == len(build(student_dir, linear()).state_dict())
-    assert initial_adapter(build(student_dir, linear())) == {}
+    assert start_of(build(student_dir, linear())) is None
 
 
 KEYS = {
@@ -303,7 +307,7 @@ def test_in_bfloat16_only_the_rounding_of_what_is_left_of_the_base_differs(
     for name, layer in student.named_modules():
         if isinstance(layer, LoraLayer):
             other = loaded.get_submodule(name)
-            start = initial_adapter(student)
+            start = began_with(student)
             taken = start[f"{name}.lora_B.weight"] @ start[f"{name}.lora_A.weight"]
             layer.base_layer.weight.data = (
                 other.base_layer.weight.data - layer.scaling["default"] * taken

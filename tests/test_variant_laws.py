@@ -5,12 +5,13 @@ from functools import cache
 import pytest
 import torch
 from fits import fit, power_cut, trained
-from lab import compose, tokenizer, write_rows
+from lab import calibration, compose, tokenizer, write_rows
 from transformers import LlamaConfig
 
 from neo.config import build, conf_dir, validate
 from neo.models.causal_lm import CausalLM
 from neo.models.lora_fa import freeze_a
+from neo.models.start import Start, start_of
 from neo.models.student import build_meta_student, build_student, trained_parameters
 from neo.models.variants import Variant
 from neo.training.module import NeoModule
@@ -41,7 +42,8 @@ def variant_of(name, **keys):
 
 
 def attached(name, folder):
-    return build_student(CausalLM(path=str(folder)), variant_of(name), CPU, 0).eval()
+    spec = CausalLM(path=str(folder))
+    return build_student(spec, variant_of(name), CPU, 0, calibration=calibration()).eval()
 
 
 def train(name, student, steps=3):
@@ -161,10 +163,10 @@ def test_in_llama_3_2_1b_it_trains_what_the_closed_form_says(name, r, plain, lla
         assert trains == plain
 
 
-def module_of(name, folder):
+def module_of(name, folder, start):
     variant, config = variant_of(name, lora_dropout=0.3), composed(name)
     spec, loss, optim = CausalLM(path=str(folder)), build(config["loss"]), build(config["optim"])
-    module = NeoModule(spec, None, variant, loss, optim, vocab=len(tokenizer()), seed=0)
+    module = NeoModule(spec, None, variant, loss, optim, vocab=len(tokenizer()), start=start)
     module.configure_model()
     return module, module.configure_optimizers()
 
@@ -172,7 +174,7 @@ def module_of(name, folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(name, student_dir, tmp_path):
     torch.manual_seed(0)
-    whole, optimizer = module_of(name, student_dir)
+    whole, optimizer = module_of(name, student_dir, start_of(attached(name, student_dir)))
     step(whole.student, optimizer, 2)
     checkpoint = {"state_dict": whole.state_dict(), "optimizer": optimizer.state_dict()}
     whole.on_save_checkpoint(checkpoint)
@@ -181,7 +183,8 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(name, student_d
 
     torch.manual_seed(1)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    resumed, optimizer = module_of(name, student_dir)
+    kept = checkpoint["neo"]["start"]
+    resumed, optimizer = module_of(name, student_dir, Start(**kept) if kept else None)
     resumed.on_load_checkpoint(checkpoint)
     resumed.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])

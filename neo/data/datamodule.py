@@ -245,7 +245,9 @@ class DataModule(L.LightningDataModule):
             "data.shuffle": data.shuffle,
         }
 
-    def _stream(self, rows: Rows, indices: np.ndarray | None, shuffle: bool) -> RowStream:
+    def _stream(
+        self, rows: Rows, indices: np.ndarray | None, shuffle: bool, *, alone: bool = False
+    ) -> RowStream:
         assert self.schema is not None
         stream = isinstance(rows, RowTable) is False
         return RowStream(
@@ -257,8 +259,8 @@ class DataModule(L.LightningDataModule):
             packing=self.data.packing,
             shuffle=shuffle,
             seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=0 if alone else self.rank,
+            world_size=1 if alone else self.world_size,
             max_rows=self.data.max_rows if stream else None,
             held_out=self.data.val_share if stream else 0.0,
             # rows asked for in their own order are not sorted by length either
@@ -286,10 +288,27 @@ class DataModule(L.LightningDataModule):
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
 
+def first_batches(data: DataModule, num_rows: int) -> list[Batch]:
+    """The first training batches until they hold so many rows, or there are no more, as `peek`."""
+    batches: list[Batch] = []
+    for batch in _aside(data):
+        batches.append(batch)
+        if sum(b.num_rows for b in batches) >= num_rows:
+            break
+    return batches
+
+
 def peek(data: DataModule, num_batches: int) -> list[Batch]:
-    """The first training batches of the next epoch, read aside: nothing is counted or consumed."""
+    """The first training batches of the run, as one process alone would read them."""
+    return list(islice(_aside(data), num_batches))
+
+
+def _aside(data: DataModule) -> EpochLoader:
+    """A pass in which nothing is counted or consumed."""
     data.setup()
     assert data._train_rows is not None
-    stream = data._stream(data._train_rows, data._train_indices, shuffle=data.data.shuffle)
+    stream = data._stream(
+        data._train_rows, data._train_indices, shuffle=data.data.shuffle, alone=True
+    )
     # through a loader, which refuses rows none of which can be trained on
-    return list(islice(EpochLoader(stream, num_workers=0, begin=lambda: (0, 0)), num_batches))
+    return EpochLoader(stream, num_workers=0, begin=lambda: (0, 0))

@@ -1,11 +1,13 @@
 """LoRA variants: how a student is trained, one file of PEFT's own keys each (`conf/lora/`)."""
 
+import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,10 +22,12 @@ class Variant:
     Args:
         adapter: PEFT's keys of the branch.
         finish: Done to the model once the branch is attached.
+        calibration_rows: Training rows that the branch's start is computed from, at least.
     """
 
     adapter: LoraConfig | None
     finish: Callable[[nn.Module], nn.Module] | None = None
+    calibration_rows: int = 0
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         """The model with what is to be trained, and nothing else, requiring gradients.
@@ -34,7 +38,7 @@ class Variant:
         if self.adapter is None:
             return model.requires_grad_(True)
         self._check_targets(model)
-        student = get_peft_model(model, self.adapter)
+        student = get_peft_model(model, copy.deepcopy(self.adapter))
         return student if self.finish is None else self.finish(student)
 
     def _check_targets(self, model: PreTrainedModel) -> None:
@@ -70,11 +74,58 @@ def lora(**keys: Any) -> Variant:
     Raises:
         ValueError: A value that PEFT would only trip over later, or silently accept.
     """
-    _refuse(_problems(keys))
+    _refuse([*_problems(keys), *_problems_of_start(keys)])
     return Variant(LoraConfig(**{"task_type": "CAUSAL_LM", **keys}))
 
 
 lora.passes_keys_to = LoraConfig  # type: ignore[attr-defined]
+
+
+def calibrated(
+    *, init_lora_weights: Literal["eva", "corda", "lora_ga"], calibration_rows: int, **keys: Any
+) -> Variant:
+    """A LoRA branch whose start is computed from training rows; the keys are LoRA's.
+
+    Args:
+        init_lora_weights: What computes it.
+        calibration_rows: Whole micro-batches are taken, the first of training, until they hold so
+            many rows; however many devices train, one process computes on the same rows.
+        keys: Among them `eva_config`, `corda_config` or `lora_ga_config`, a mapping of PEFT's keys.
+
+    Raises:
+        ValueError: As for `lora`; or another start, or a key that its start does not have.
+    """
+    problems = _problems(keys)
+    if calibration_rows < 1:
+        problems.append(f"lora.calibration_rows={calibration_rows}: must be at least 1")
+    key, settings = CALIBRATED[init_lora_weights]
+    problems += [
+        f"lora.{other}: is not a key of init_lora_weights={init_lora_weights}; {key} is"
+        for other, _ in CALIBRATED.values()
+        if other != key and keys.get(other) is not None
+    ]
+    given = keys.get(key) or {}
+    problems += _problems_of_settings(key, given, settings)
+    _refuse(problems)
+    keys |= {"init_lora_weights": init_lora_weights, key: settings(**given)}
+    adapter = LoraConfig(**{"task_type": "CAUSAL_LM", **keys})
+    return Variant(adapter, calibration_rows=calibration_rows)
+
+
+calibrated.passes_keys_to = LoraConfig  # type: ignore[attr-defined]
+# How PEFT calls them, the key of their settings, and the settings.
+CALIBRATED: dict[str, tuple[str, Any]] = {
+    "eva": ("eva_config", EvaConfig),
+    "corda": ("corda_config", CordaConfig),
+    "lora_ga": ("lora_ga_config", LoraGAConfig),
+}
+# Settings that are not for a run: it keeps its own start, so that PEFT need not write files.
+NO_SETTINGS = ("cache_file", "covariance_file", "prune_temporary_fields", "verbose")
+# Values that PEFT 0.21 has and that are not what their paper means by them.
+WRONG_IN_PEFT = {
+    ("scale", "weight_svd"): "in PEFT it is computed from the gradient's singular values, too",
+    ("direction", "random"): "PEFT gives A and B the same directions",
+}
 
 
 def moslora(**keys: Any) -> Variant:
@@ -111,6 +162,39 @@ def none() -> Variant:
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _problems_of_start(keys: Mapping[str, Any]) -> list[str]:
+    """Starts that `lora` does not have, since PEFT would leave the branch or the base half done."""
+    start = keys.get("init_lora_weights", True)
+    if start in CALIBRATED:
+        return [
+            f"lora.init_lora_weights={start}: is computed from training rows; take lora=eva, "
+            "lora=corda or lora=loraga"
+        ]
+    if start == "loftq":
+        return [
+            "lora.init_lora_weights=loftq: is not supported; it puts a quantised base in the place "
+            "of the one that the adapter would be used with"
+        ]
+    return []
+
+
+def _problems_of_settings(key: str, given: Mapping[str, Any], settings: Any) -> list[str]:
+    legal = [f.name for f in fields(settings) if f.name not in NO_SETTINGS]
+    if unknown := sorted(given.keys() - set(legal)):
+        return [f"lora.{key}.{name}: no such key; it takes {', '.join(legal)}" for name in unknown]
+    hints = get_type_hints(settings)
+    for name, value in given.items():
+        choices = [c for c in get_args(hints[name]) if (name, c) not in WRONG_IN_PEFT]
+        if get_origin(hints[name]) is Literal and value not in choices:
+            why = f" ({WRONG_IN_PEFT[name, value]})" if (name, value) in WRONG_IN_PEFT else ""
+            return [f"lora.{key}.{name}={value!r}{why}: must be one of {', '.join(choices)}"]
+    try:
+        settings(**given)
+    except (ValueError, TypeError) as error:
+        return [f"lora.{key}={dict(given)}: {error}"]
+    return []
 
 
 def _problems(keys: Mapping[str, Any]) -> list[str]:

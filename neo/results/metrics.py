@@ -55,6 +55,9 @@ _TABLE = (
     Metric("train/tokens", "tokens", "supervised tokens seen so far, all ranks", None, 0),
     Metric("perf/tokens_per_s", "tokens/s", "supervised tokens per second per device", "higher", 0),
     Metric("perf/peak_mem_gib", "GiB", "largest memory held by one device", "lower", 2),
+    Metric("perf/init_s", "s", "time of the branch's initialisation", "lower", 2),
+    Metric("perf/init_peak_mem_gib", "GiB", "largest memory of the initialisation", "lower", 3),
+    Metric("perf/init_rows", "rows", "training rows the initialisation was computed from", None, 0),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 

@@ -1,15 +1,12 @@
 """What watches a run: its speed, its memory, its progress bar, and its first sign of trouble."""
 
-import ctypes
 import math
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -54,41 +51,6 @@ class Throughput(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: NeoModule) -> None:
         """Leaves the validation out."""
         self.entered = time.perf_counter()
-
-
-class PeakMemory:
-    """The largest memory of one device during a run, in GiB, above what was held before it.
-
-    On a GPU it is what the allocator gave out; on the CPU the resident memory of the process,
-    whose high-water mark Linux can reset (elsewhere, and where it refuses, there is no number).
-    """
-
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return
-        with suppress(OSError):  # what an earlier run freed goes back first
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-        self.before = _status_bytes("VmRSS")
-
-    def gib(self) -> float | None:
-        """The peak so far."""
-        if self.cuda:
-            return (torch.cuda.max_memory_allocated() - self.before) / 2**30
-        peak = _status_bytes("VmHWM")
-        return (peak - self.before) / 2**30 if peak else None
-
-
-def _status_bytes(key: str) -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 class Checkpoints(L.Callback):

@@ -1,20 +1,27 @@
 """The LightningModule: it holds student and teacher, and joins data, models and loss."""
 
+import time
 from typing import Any, cast
 
 import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from neo.data.datamodule import first_batches
 from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
+from neo.models.calibration import Calibration
 from neo.models.causal_lm import CausalLM, check_packing
-from neo.models.student import build_student, inner, trained_parameters
+from neo.models.start import Start, attach_branch, is_computed, needs_rows, start_of
+from neo.models.student import inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
+from neo.training.calibrate import calibration_of
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.optim import AdamW
+from neo.training.peak_memory import PeakMemory
 from neo.training.token_loss import batch_sums
 
 
@@ -29,6 +36,8 @@ class NeoModule(L.LightningModule):
         optim: Optimizer and schedule.
         vocab: Ids that student and teacher share: [0, vocab). Rows of a head beyond are padding.
         seed: Of the branch's initial weights.
+        start: Of the branch, where a run goes on: it is not computed again.
+        memory: Of the run, in which the branch's initialisation is measured.
     """
 
     student: nn.Module
@@ -44,9 +53,13 @@ class NeoModule(L.LightningModule):
         *,
         vocab: int,
         seed: int = 0,
+        start: Start | None = None,
+        memory: PeakMemory | None = None,
     ) -> None:
         super().__init__()
         self.specs = (student, teacher, lora)
+        self.start, self.memory = start, memory or PeakMemory()
+        self.init_metrics: dict[str, float] = {}  # what it took to initialise the branch
         self.loss, self.optim, self.vocab, self.seed = loss, optim, vocab, seed
         self.strict_loading = False
         self.built = False
@@ -62,14 +75,20 @@ class NeoModule(L.LightningModule):
             return
         student, teacher, lora = self.specs
         device = self.trainer.strategy.root_device if self._trainer else torch.device("cpu")
-        self.student = build_student(student, lora, device, self.seed)
+        base = student.load(device, trained=lora.adapter is None, seed=self.seed)
+        self.teacher = teacher.load_frozen(device) if teacher is not None else None
+        began = time.perf_counter()
+        with self.memory.part() as measured:
+            self.student = self._attached(base, lora, device)
+        self.init_metrics["perf/init_s"] = time.perf_counter() - began
+        if "gib" in measured:
+            self.init_metrics["perf/init_peak_mem_gib"] = measured["gib"]
         for name, weight in trained_parameters(self.student).items():
             if weight.dtype in (torch.bfloat16, torch.float16):  # PEFT copies modules as they are
                 raise ValueError(
                     f"lora.modules_to_save: {name} would be trained in {weight.dtype}; set "
                     "student.dtype=float32"
                 )
-        self.teacher = teacher.load_frozen(device) if teacher is not None else None
         data = getattr(self._trainer, "datamodule", None)
         for model in (inner(self.student), getattr(self.teacher, "model", None)):
             if model is not None:
@@ -77,6 +96,38 @@ class NeoModule(L.LightningModule):
                     check_packing(model)
                 speed_up_frozen(model.get_decoder())
         self.built = True
+
+    def _attached(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
+        """The base with its branch; a start is computed by the first process and given to all."""
+        alone = self._trainer is None or self.trainer.world_size == 1
+        computes = is_computed(lora.adapter) and self.start is None
+        if not computes or alone or self.trainer.is_global_zero:
+            calibration = None
+            if computes and needs_rows(lora.adapter):
+                calibration = self._calibration(base, lora, device)
+            student = attach_branch(base, lora, self.seed, self.start, calibration)
+            if not computes or alone:
+                return student
+            self.trainer.strategy.broadcast(start_of(student))
+            return student
+        start = self.trainer.strategy.broadcast(None)
+        return attach_branch(base, lora, self.seed, start)
+
+    def _calibration(
+        self, base: PreTrainedModel, lora: Variant, device: torch.device
+    ) -> Calibration | None:
+        """The first rows of training, with both models where these rows are run."""
+        data = getattr(self._trainer, "datamodule", None)
+        if data is None:
+            return None
+        batches = first_batches(data, lora.calibration_rows)
+        self.init_metrics["perf/init_rows"] = sum(batch.num_rows for batch in batches)
+        base.to(device)
+        teacher = None
+        if self.teacher is not None and self.loss.kd_ratio > 0:
+            teacher = self.teacher.to(device).model
+        on_device = [batch.to(device) for batch in batches]
+        return calibration_of(on_device, teacher, self.loss, self.vocab)
 
     def token_sums(
         self, batch: Batch, *, with_teacher: bool, kd_positions: str = "aligned"
@@ -206,18 +257,21 @@ class NeoModule(L.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters and the random state, which resuming to the bit needs."""
+        """Adds the branch's start, the counters and the random state, which resuming needs."""
+        start = start_of(self.student)
         checkpoint["neo"] = {
             "num_tokens": self.num_tokens,
             "rows_in_epoch": self.rows_in_epoch,
             "rng": torch.get_rng_state(),
+            "start": None if start is None else start._asdict(),
+            "init_metrics": self.init_metrics,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what `on_save_checkpoint` added."""
         kept = checkpoint["neo"]
         self.num_tokens, self.rows_in_epoch = kept["num_tokens"], kept["rows_in_epoch"]
-        self.restored_rng = kept["rng"]
+        self.restored_rng, self.init_metrics = kept["rng"], kept["init_metrics"]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the random state last, after everything that set-up has drawn."""

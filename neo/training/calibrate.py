@@ -1,0 +1,43 @@
+"""What a data-driven start is computed from: the first rows of training and the run's loss."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from neo.data.packing import Batch
+from neo.data.prompt import IGNORE
+from neo.losses.distillation import Distillation
+from neo.models.calibration import Calibration, CalibrationBatch
+from neo.training.token_loss import batch_sums
+
+
+def calibration_of(
+    batches: Sequence[Batch],
+    teacher: PreTrainedModel | None,
+    spec: Distillation,
+    vocab: int,
+) -> Calibration:
+    """The rows, with the gradient of the very loss that the run trains: divergence and all.
+
+    Args:
+        batches: Of training, at least one, on the device of the models.
+        teacher: None where it is not in the loss.
+        spec: The loss.
+        vocab: Ids that both models share.
+    """
+    tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    positions = spec.kd_positions if teacher is not None else "aligned"
+    spec = replace(spec, kd_ratio=spec.kd_ratio if teacher is not None else 0.0)
+
+    def backward(model: PreTrainedModel) -> None:
+        for batch in batches:
+            sums = batch_sums(model, teacher, batch, spec, vocab, kd_positions=positions)
+            # LoRA-GA's gradient is the mean over backward passes: a sum over all, so multiplied.
+            (sums.loss * (len(batches) / tokens)).backward()
+
+    return Calibration([_tokens(batch) for batch in batches], backward)
+
+
+def _tokens(batch: Batch) -> CalibrationBatch:
+    return CalibrationBatch(batch.input_ids, batch.position_ids, batch.targets != IGNORE)
