@@ -1,5 +1,8 @@
 """Laws of every file in conf/lora, found in the folder: a new file is held to them unasked."""
 
+import json
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -12,7 +15,12 @@ from neo.config import build, conf_dir, validate
 from neo.models.causal_lm import CausalLM
 from neo.models.lora_fa import freeze_a
 from neo.models.start import Start, start_of
-from neo.models.student import build_meta_student, build_student, trained_parameters
+from neo.models.student import (
+    build_meta_student,
+    build_student,
+    save_student,
+    trained_parameters,
+)
 from neo.models.variants import Variant
 from neo.training.module import NeoModule
 
@@ -131,6 +139,49 @@ def test_merged_it_equals_the_branch_after_a_few_steps(name, student_dir, base_l
     merged = student.merge_and_unload(safe_merge=True)
     assert not any("lora_" in parameter for parameter, _ in merged.named_parameters())
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+
+
+LOADED = """
+import json, sys
+from pathlib import Path
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+found = {}
+for folder in sorted(Path("saved").iterdir()):
+    probe = load_file(folder / "checkpoints" / "probe.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    with torch.no_grad():
+        untouched = base(probe["input_ids"]).logits
+        logits = PeftModel.from_pretrained(base, folder / "adapter")(probe["input_ids"]).logits
+    found[folder.name] = [
+        (logits - probe["logits"]).abs().max().item(), (untouched - logits).abs().max().item()
+    ]
+assert not any(name.split(".")[0] in ("neo", "lab", "fits") for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_without_neo(student_dir, tmp_path_factory):
+    """By variant: how far plain PEFT's logits are from the student's, and from the base's."""
+    folder = tmp_path_factory.mktemp("without_neo")
+    for name in BRANCHES:
+        save_student(train(name, attached(name, student_dir)), tokenizer(), folder / "saved" / name)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, str(student_dir)],
+        capture_output=True, text=True, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_saved_it_gives_the_trained_logits_in_a_process_without_neo(name, loaded_without_neo):
+    off, moved = loaded_without_neo[name]
+    assert off < 1e-4
+    assert moved > 0.1
 
 
 def num_trained(variant, r):
