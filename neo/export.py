@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from neo.config import ConfigError, build, validate
 from neo.models.causal_lm import CausalLM
+from neo.models.quantization import dequantized
 from neo.models.student import PROBE, logits_on
 
 CPU = torch.device("cpu")
@@ -182,17 +183,23 @@ def _copy_adapter(run: Path, student: CausalLM, folder: Path, probe: Probe) -> s
         )
     shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
     _name_base(folder, student)
-    return f"a PEFT adapter ({probe.origin})"
+    base = "" if student.quantization is None else f", for its base in {student.quantization}"
+    return f"a PEFT adapter ({probe.origin}{base})"
 
 
 def _merge(run: Path, student: CausalLM, seed: int, folder: Path, probe: Probe) -> str:
     # Added in float32, then stored as the base is: adding in bfloat16 would round twice.
-    base = student.load(CPU, trained=True, seed=seed)
+    if student.quantization is None:
+        base, origin = student.load(CPU, trained=True, seed=seed), probe.origin
+    else:  # as it was trained on: the base in full precision says something else with this branch
+        rounded = dataclasses.replace(student, dtype=probe.dtype)
+        base = dequantized(rounded.load(CPU, trained=False))
+        origin = f"{probe.origin}, on the base's {student.quantization} weights, dequantised"
     stored = student.config().dtype or torch.float32
     merged: Any = _adapted(base, run / "adapter").merge_and_unload(safe_merge=True)
     merged.to(stored).save_pretrained(folder)
     student.tokenizer().save_pretrained(folder)
-    return f"merged weights ({probe.origin}; {str(stored).removeprefix('torch.')})"
+    return f"merged weights ({origin}; {str(stored).removeprefix('torch.')})"
 
 
 def _adapted(base: PreTrainedModel, folder: Path) -> Any:

@@ -11,8 +11,8 @@ from test_module import build, data, fit
 
 from neo.training import callbacks
 from neo.training.callbacks import DivergedError, ProgressBar, StopOnNaN, Throughput
-from neo.training.peak_memory import PeakMemory
 from neo.training.module import NeoModule
+from neo.training.peak_memory import PeakMemory
 
 __all__ = ["build", "data"]  # fixtures
 

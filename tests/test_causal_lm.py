@@ -171,3 +171,23 @@ def test_the_model_on_the_meta_device_has_the_shapes_and_no_memory(student_dir):
         n: p.shape for n, p in real.named_parameters()
     }
     assert all(p.is_meta for p in meta.parameters())
+
+
+def test_a_quantization_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="quantization='int8': must be null or one of nf4, fp4"):
+        CausalLM(path="/nowhere", quantization="int8")
+
+
+def test_fresh_weights_are_not_quantized():
+    with pytest.raises(ValueError, match="quantization='nf4': random_init=true draws weights"):
+        CausalLM(path="/nowhere", quantization="nf4", random_init=True)
+
+
+def test_weights_that_are_stored_quantized_are_not_quantized_again(student_dir, tmp_path):
+    folder = shutil.copytree(student_dir, tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"path=.*stored quantised \(gptq\)"):
+        CausalLM(path=str(folder), quantization="nf4").meta()
+    CausalLM(path=str(folder)).meta()

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from neo.export import OtherLogitsError, export, main
+from neo.models import quantization
 from neo.models.causal_lm import CausalLM
 from neo.models.student import PROBE, build_student
 from neo.models.variants import lora
@@ -280,3 +282,23 @@ def test_a_branch_on_a_base_that_was_drawn_is_exported_merged(student_dir, tmp_p
     with pytest.raises(ValueError, match=r"student.random_init=true: .*merge=true writes both"):
         export(tmp_path / "run", tmp_path / "out")
     assert export(tmp_path / "run", tmp_path / "out", merge=True).share < 1e-5
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs pip install 'llm-neo[quant]'")
+def test_a_branch_on_4_bits_is_merged_into_the_weights_it_was_trained_on(
+    student_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(quantization, "_no_device", lambda accelerator: None)  # a CPU will do
+    run = tmp_path / "run"
+    fit(student_dir, None, run, "lora=qlora", "method=lora", "optim.lr=0.05",
+        "trainer.max_steps=5", "trainer.max_epochs=-1", "data.batch_size=1")  # fmt: skip
+    adapter = export(run, tmp_path / "adapter")
+    assert adapter.what == "a PEFT adapter (as trained, for its base in nf4)"
+    merged = export(run, tmp_path / "merged", merge=True)
+    assert "dequantised" in merged.what
+    assert max(adapter.share, merged.share) < 1e-4
+    probe = load_file(run / PROBE)
+    full = AutoModelForCausalLM.from_pretrained(student_dir)
+    elsewhere = PeftModel.from_pretrained(full, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (elsewhere(input_ids=probe["input_ids"]).logits - probe["logits"]).abs().max() > 0.1

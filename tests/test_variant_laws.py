@@ -4,17 +4,21 @@ import json
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
 from fits import fit, power_cut, trained
 from lab import calibration, compose, tokenizer, write_rows
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import LlamaConfig
 
 from neo.config import build, conf_dir, validate
+from neo.models import quantization
 from neo.models.causal_lm import CausalLM
 from neo.models.lora_fa import freeze_a
-from neo.models.start import Start, start_of
+from neo.models.quantization import dequantized
+from neo.models.start import Start, attach_branch, start_of
 from neo.models.student import (
     build_meta_student,
     build_student,
@@ -30,6 +34,19 @@ FILES = sorted((conf_dir() / "lora").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
 WHOLE = [file.stem for file in FILES if "neo.models.variants.none" in file.read_text()]
 BRANCHES = [name for name in NAMES if name not in WHOLE]
+QUANTIZED = [file.stem for file in FILES if "quantization:" in file.read_text()]
+# The untouched base of the others is one in 4 bits: test_export.
+WITHOUT_NEO = [name for name in BRANCHES if name not in QUANTIZED]
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs pip install 'llm-neo[quant]'"
+)
+
+
+def each(names):
+    """The names, those on a 4-bit base only where bitsandbytes is."""
+    return [pytest.param(n, marks=needs_bitsandbytes if n in QUANTIZED else ()) for n in names]
+
+
 # in, out of the layers of Llama-3.2-1B: q, k, v, o, gate, up, down; 16 of each
 SHAPES = 16 * [(2048, 2048), (2048, 512), (2048, 512), (2048, 2048), (2048, 8192), (2048, 8192),
                (8192, 2048)]  # fmt: skip
@@ -49,9 +66,23 @@ def variant_of(name, **keys):
     return build({**composed(name)["lora"], **({} if name in WHOLE else keys)})
 
 
+def spec_of(name, folder):
+    return CausalLM(path=str(folder), quantization=composed(name)["student"].get("quantization"))
+
+
 def attached(name, folder):
-    spec = CausalLM(path=str(folder))
+    spec = spec_of(name, folder)
     return build_student(spec, variant_of(name), CPU, 0, calibration=calibration()).eval()
+
+
+def on_whole_weights(name, student, folder):
+    """The student on a base that a branch can be added into: one not in 4 bits."""
+    if name not in QUANTIZED:
+        return student
+    base = dequantized(spec_of(name, folder).load(CPU, trained=False))
+    whole = attach_branch(base, variant_of(name), 0)
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(student))
+    return whole.eval()
 
 
 def train(name, student, steps=3):
@@ -73,9 +104,9 @@ def logits(model):
         return model(IDS).logits
 
 
-@pytest.fixture(scope="module")
-def base_logits(student_dir):
-    return logits(CausalLM(path=str(student_dir)).load(CPU, trained=False))
+@pytest.fixture
+def base_logits(name, student_dir):
+    return logits(spec_of(name, student_dir).load(CPU, trained=False))
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +140,14 @@ def test_composing_it_builds_a_variant(name):
     assert (variant.adapter is None) == (name in WHOLE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_attaching_it_changes_no_output(name, student_dir, base_logits):
     student = attached(name, student_dir)
     torch.testing.assert_close(logits(student), base_logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(student.train()), base_logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_only_its_own_parameters_train_and_all_of_them(name, student_dir):
     student = attached(name, student_dir)
     names = set(trained_parameters(student))
@@ -131,12 +162,12 @@ def test_only_its_own_parameters_train_and_all_of_them(name, student_dir):
     assert changed == names
 
 
-@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("name", each(BRANCHES))
 def test_merged_it_equals_the_branch_after_a_few_steps(name, student_dir, base_logits):
     student = train(name, attached(name, student_dir))
     expected = logits(student)
     assert (expected - base_logits).abs().max() > 0.1
-    merged = student.merge_and_unload(safe_merge=True)
+    merged = on_whole_weights(name, student, student_dir).merge_and_unload(safe_merge=True)
     assert not any("lora_" in parameter for parameter, _ in merged.named_parameters())
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
 
@@ -167,7 +198,7 @@ print(json.dumps(found))
 def loaded_without_neo(student_dir, tmp_path_factory):
     """By variant: how far plain PEFT's logits are from the student's, and from the base's."""
     folder = tmp_path_factory.mktemp("without_neo")
-    for name in BRANCHES:
+    for name in WITHOUT_NEO:
         save_student(train(name, attached(name, student_dir)), tokenizer(), folder / "saved" / name)
     done = subprocess.run(
         [sys.executable, "-c", LOADED, str(student_dir)],
@@ -177,7 +208,7 @@ def loaded_without_neo(student_dir, tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("name", WITHOUT_NEO)
 def test_saved_it_gives_the_trained_logits_in_a_process_without_neo(name, loaded_without_neo):
     off, moved = loaded_without_neo[name]
     assert off < 1e-4
@@ -216,13 +247,13 @@ def test_in_llama_3_2_1b_it_trains_what_the_closed_form_says(name, r, plain, lla
 
 def module_of(name, folder, start):
     variant, config = variant_of(name, lora_dropout=0.3), composed(name)
-    spec, loss, optim = CausalLM(path=str(folder)), build(config["loss"]), build(config["optim"])
+    spec, loss, optim = spec_of(name, folder), build(config["loss"]), build(config["optim"])
     module = NeoModule(spec, None, variant, loss, optim, vocab=len(tokenizer()), start=start)
     module.configure_model()
     return module, module.configure_optimizers()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(name, student_dir, tmp_path):
     torch.manual_seed(0)
     whole, optimizer = module_of(name, student_dir, start_of(attached(name, student_dir)))
@@ -247,8 +278,11 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(name, student_d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_stopped_run_of_it_ends_as_if_it_had_never_stopped(name, student_dir, tmp_path):
+@pytest.mark.parametrize("name", each(NAMES))
+def test_a_stopped_run_of_it_ends_as_if_it_had_never_stopped(
+    name, student_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(quantization, "_no_device", lambda accelerator: None)  # a CPU will do
     settings = [
         *chosen(name), "trainer.max_steps=4", "trainer.max_epochs=-1", "data.batch_size=2",
         "data.packing=false", f"data.path={write_rows(tmp_path / 'rows.jsonl')}", "optim.lr=0.01",

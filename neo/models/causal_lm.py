@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from neo.models.head import head_of
+from neo.models.quantization import KINDS, four_bit, keep_layout
 
 MINI = Path(__file__).parent / "mini"
 SHIPPED = ("neo://mini-student", "neo://mini-teacher")
@@ -30,6 +31,8 @@ class CausalLM:
         revision: A branch, tag or commit of the hub.
         dtype: Of the frozen weights. `auto`: bfloat16 on a GPU that has it, else float32. Trained
             weights are always float32.
+        quantization: nf4 or fp4: linear layers but the head are frozen in 4 bits, and multiplied in
+            `dtype`. Needs a CUDA device and bitsandbytes.
         attn_implementation: As in transformers; None lets it choose.
         activation_checkpointing: Recompute activations in the backward pass to save memory.
         trust_remote_code: Run Python that comes with the weights.
@@ -39,6 +42,7 @@ class CausalLM:
     path: str | None
     revision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     attn_implementation: str | None = None
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
@@ -47,6 +51,15 @@ class CausalLM:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in KINDS:
+            raise ValueError(
+                f"quantization={self.quantization!r}: must be null or one of {', '.join(KINDS)}"
+            )
+        if self.quantization is not None and self.random_init:
+            raise ValueError(
+                f"quantization={self.quantization!r}: random_init=true draws weights, which a "
+                "frozen 4-bit base would keep; use quantization=null or random_init=false"
+            )
 
     @property
     def location(self) -> str:
@@ -95,9 +108,17 @@ class CausalLM:
         """The model on the meta device: all shapes, no weights.
 
         Raises:
-            ValueError: It cannot be built of its configuration.
+            ValueError: It cannot be built of its configuration, or its weights were to be
+                quantised and are so already.
         """
         config = self.config()
+        stored = getattr(config, "quantization_config", None)
+        if self.quantization is not None and stored is not None:
+            method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+            raise ValueError(
+                f"path={self.path!r}: its weights are stored quantised ({method}); "
+                f"quantization={self.quantization!r} takes those of a model in full precision"
+            )
         try:
             with torch.device("meta"):
                 return self._fresh(config)
@@ -118,13 +139,20 @@ class CausalLM:
         """The model with its weights, in eval mode.
 
         Args:
-            device: Decides what `dtype="auto"` means; the weights stay on the CPU.
+            device: Decides what `dtype="auto"` means. The weights stay on the CPU, but for those
+                of a quantised model, which come to lie here.
             trained: All of its weights will be trained, so they are float32.
             seed: Of the weights, where they are fresh.
 
         Raises:
-            ValueError: The weights are missing or not in safetensors, or the head is unknown.
+            ValueError: The weights are missing or not in safetensors, the head is unknown, or
+                quantised weights would be trained.
         """
+        if trained and self.quantization is not None:
+            raise ValueError(
+                f"quantization={self.quantization!r}: 4-bit weights are frozen, and all weights "
+                "would be trained; use quantization=null"
+            )
         transformers_logging.disable_progress_bar()
         dtype = torch.float32 if trained else self._dtype(device)
         if self.random_init:
@@ -132,13 +160,15 @@ class CausalLM:
                 torch.manual_seed(seed)
                 model = self._fresh(self.config(), dtype=dtype).eval()
         else:
-            model = self._with_weights(dtype)
+            model = self._with_weights(dtype, device)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         check_head(model)
         return model
 
-    def _with_weights(self, dtype: torch.dtype) -> PreTrainedModel:
+    def _with_weights(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        kind = self.quantization
+        quantized = {} if kind is None else four_bit(kind, dtype, device)
         try:
             # use_safetensors: unpickling a .bin can run code.
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -146,6 +176,7 @@ class CausalLM:
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                **quantized,
                 **self._attention(),
                 **self._source(),
             )
@@ -157,6 +188,8 @@ class CausalLM:
                 f"path={self.path!r}: the weights of {len(missing)} tensors are missing, "
                 f"such as {missing[0]}"
             )
+        if kind is not None:
+            keep_layout(model)
         return model
 
     def identity(self) -> dict[str, str]:
@@ -219,8 +252,8 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: They differ: the model does something to its logits that we do not know.
     """
-    input_ids = torch.arange(4).repeat(2, 1) % model.config.get_text_config().vocab_size
-    positions = torch.arange(4).repeat(2, 1)
+    positions = torch.arange(4, device=model.device).repeat(2, 1)
+    input_ids = positions % model.config.get_text_config().vocab_size
     head = head_of(model)
     products = head.products(hidden_states(model, input_ids, positions))
     enlarge = products.new_tensor([1.0, 100 / products.abs().max().clamp(min=1e-3).item()])
@@ -250,8 +283,9 @@ def check_packing(model: PreTrainedModel) -> None:
         ValueError: They differ: the model carries something from one example into the next, as
             recurrent ones do.
     """
-    input_ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
-    positions = torch.arange(4)[None]
+    order = torch.arange(8, device=model.device)[None]
+    input_ids = order % model.config.get_text_config().vocab_size
+    positions = order[:, :4]
     was_training = model.training
     model.eval()  # dropout would differ, too
     alone = hidden_states(model, input_ids[:, 4:], positions)

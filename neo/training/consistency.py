@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from neo.config import SPECS, ConfigError, group_problems
+from neo.models.quantization import quantization_problems
 from neo.training.trainer import trainer_problems
 
 METHODS = ("sft", "lora", "kd", "neo")
@@ -28,6 +29,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between the groups, and with the root keys."""
     yield from _method_problems(config)
+    yield from quantization_problems(config)
     data = config["data"]
     mini = data.get("_target_") == "neo.data.mini_data.MiniData"
     split = config["eval_split"]

@@ -1,0 +1,126 @@
+"""A frozen base of 4-bit weights, through bitsandbytes (QLoRA, arXiv:2305.14314).
+
+Of `peft.prepare_model_for_kbit_training` nothing is needed here. It freezes the base, as attaching
+a branch does. It makes norms, embedding and head float32; but norms of transformers compute in
+float32 whatever they are stored in, and the head's is the largest product of the loss. Its hook for
+recomputed activations is for PyTorch's reentrant way, which is not ours.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
+
+KINDS = ("nf4", "fp4")
+OLDEST = "0.50"  # bitsandbytes
+ON_CUDA = ("auto", "cuda", "gpu")
+# Lightning's names of a precision that keeps what is trained in float32, by the dtype of the base.
+PRECISIONS = {"float16": ("32-true", "16-mixed"), "float32": ("32-true", "bf16-mixed", "16-mixed")}
+BF16_PRECISIONS = ("32-true", "bf16-mixed")
+ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def four_bit(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is given to make linear layers 4-bit as it reads them.
+
+    transformers leaves the head and whatever is tied to it as they are, which the loss relies on.
+
+    Args:
+        kind: One of `KINDS`; the constants of its blocks are quantised once more.
+        dtype: In which weights are multiplied, and in which all other weights are stored.
+        device: Where weights are quantised and stay; in full precision they would not all fit.
+
+    Raises:
+        ValueError: bitsandbytes is missing.
+    """
+    if problem := _lacking():
+        raise ValueError(f"quantization={kind!r}: {problem}")
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "device_map": {"": device},
+    }
+
+
+def keep_layout(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from rearranging weights on a CPU at the first forward in eval mode.
+
+    On CPUs with bf16 instructions its version 0.50 would do so for good, after which gradients are
+    wrong and nothing says so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with every 4-bit weight as the number that it stands for, all in float32."""
+    # It warns of the dtype that it was asked for.
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
+    model.dequantize(dtype=torch.float32)
+    return model.float()
+
+
+def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What stands against the 4-bit models that a run's config asks for.
+
+    Groups that are wrong by themselves are others' to report.
+    """
+    if not isinstance(config["trainer"], Mapping):
+        return
+    accelerator = config["trainer"].get("accelerator", "auto")
+    for role in ("student", "teacher"):
+        kind = config[role].get("quantization")
+        if kind not in KINDS or config[role].get("path") is None:
+            continue
+        for problem in (_lacking(), _no_device(accelerator)):
+            if problem:
+                yield f"{role}.quantization={kind!r}: {problem}"
+        if role == "student":
+            for problem in _student_problems(config):
+                yield f"student.quantization={kind!r}: {problem}"
+
+
+def _student_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    if config["lora"].get("_target_") == "neo.models.variants.none":
+        yield (
+            "lora=none trains all weights, and 4-bit weights are frozen; choose a variant, "
+            "or student.quantization=null"
+        )
+    start = config["lora"].get("init_lora_weights", True)
+    if not isinstance(start, bool) and start != "gaussian":
+        yield (
+            f"lora.init_lora_weights={start!r} is computed from or with base weights in full "
+            "precision; use true or gaussian, or student.quantization=null"
+        )
+    dtype = config["student"].get("dtype", "auto")
+    precision = str(config["trainer"].get("precision"))
+    legal = PRECISIONS.get(str(dtype), BF16_PRECISIONS)
+    if ALIASES.get(precision, precision) not in legal:
+        yield (
+            f"trainer.precision={precision!r} does not go with student.dtype={dtype!r} and "
+            f"a float32 branch; use {' or '.join(legal)}"
+        )
+
+
+def _lacking() -> str | None:
+    if is_bitsandbytes_available(OLDEST):
+        return None
+    return f"needs bitsandbytes, version {OLDEST} or later; pip install 'llm-neo[quant]'"
+
+
+def _no_device(accelerator: Any) -> str | None:
+    if accelerator in ON_CUDA and torch.cuda.is_available():
+        return None
+    where = "this machine has none" if accelerator in ON_CUDA else "that is none"
+    return (
+        f"needs a CUDA device, and with trainer.accelerator={accelerator!r} {where}; use "
+        "trainer=gpu on a machine with one, or quantization=null"
+    )
