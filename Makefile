@@ -5,10 +5,12 @@ SMALL := OMP_NUM_THREADS=1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Every variant of conf/lora: not the full weights, a rank, or quantised bases.
+VARIANTS := $(filter-out none lora_r16 qlora,$(patsubst conf/lora/%.yaml,%,$(wildcard conf/lora/*.yaml)))
 NAMES := $(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench mini-models tables clean
+.PHONY: help setup demo variants test test-all check bench mini-models tables clean
 
 help: ## this list
 	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +31,15 @@ demo: $(READY) ## the main job: sft, lora, kd and neo over three seeds, then tab
 		&& wait $$!
 	$(BIN)/python -m neo.report mini runs=runs out=experiments/mini
 
+variants: $(READY) ## the LoRA variants: a rate for each, then five seeds, then the page (an hour or more)
+	@# recorded runs are skipped; one that fails or diverges stops nothing: the tables name it
+	printf 'lora=%s\n' $(VARIANTS) | $(SMALL) xargs -P 2 -L 1 \
+		$(BIN)/python -m neo.train experiment=variants_search trainer.enable_progress_bar=false || true
+	$(BIN)/python -m neo.report variants_search runs=runs out=experiments/variants_search
+	$(SMALL) xargs -P 2 -L 1 $(BIN)/python -m neo.train experiment=variants \
+		trainer.enable_progress_bar=false < experiments/variants_search/chosen.txt || true
+	$(BIN)/python -m neo.report variants runs=runs out=experiments/variants
+
 test: $(READY) ## the tests
 	$(SMALL) $(BIN)/pytest
 
@@ -40,10 +51,11 @@ check: $(READY) ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY) ## speed and memory: the loss against its peers, a step against the plain way
+bench: $(READY) ## speed and memory: the loss against its peers, a step against the plain way, each variant against lora
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/variants.py
 
 mini-models: $(READY) ## build the shipped mini teacher and student from nothing
 	$(BIN)/python -m neo.mini build/mini

@@ -7,16 +7,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from neo.results.choice import Choice, choose, notes, overrides
 from neo.results.figures import draw_figure
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
 from neo.results.table_spec import TableSpec, read_table_spec
-from neo.results.tables import Table, build_table, cells, render_csv, render_markdown
+from neo.results.tables import (
+    Table,
+    against_lines,
+    build_table,
+    cells,
+    render_csv,
+    render_markdown,
+)
 
 USAGE = """\
 python -m neo.report NAME [runs=DIR] [experiments=DIR] [out=DIR]
 
 Renders table.md, table.csv and figure.png of the experiment NAME from its records, by what
-experiments/NAME/table.yaml asks for, and prints the table.
+experiments/NAME/table.yaml asks for, and prints the table; with `choose` also chosen.txt.
 
   runs=DIR         first copy the records under DIR/NAME into experiments/NAME/results;
                    one that is recorded there is never changed
@@ -55,7 +63,8 @@ def report(
 
     Raises:
         ValueError: The experiment is not there, its `table.yaml` or a record is wrong, or a run
-            is recorded already with other content.
+            is recorded already with other content, or the runs do not allow the choice that is
+            asked for.
     """
     folder = experiments / name
     if not (folder / "table.yaml").is_file():
@@ -76,8 +85,11 @@ def report(
     latest = {record.run_id: (path, record) for path, record in found}
     table = build_table(spec, [record for _, record in latest.values()])
     curves = {run_id: log for run_id, (path, _) in latest.items() if (log := _log(path)).is_file()}
-    _write(table, curves, folder if out is None else out)
-    _print(table)
+    choices = []
+    if spec.choose is not None:
+        choices = choose(spec.choose, spec.rows, table.runs)
+    _write(table, choices, curves, folder if out is None else out)
+    _print(table, choices)
     return table
 
 
@@ -142,9 +154,13 @@ def _log(record_path: Path) -> Path:
     return record_path.with_suffix(".csv")
 
 
-def _write(table: Table, curves: dict[str, Path], folder: Path) -> None:
+def _write(table: Table, choices: list[Choice], curves: dict[str, Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "table.md", render_markdown(table).encode())
+    spec = table.spec.choose
+    chosen = notes(spec, choices) if spec else []
+    if spec:
+        write_atomically(folder / "chosen.txt", overrides(spec, choices).encode())
+    write_atomically(folder / "table.md", render_markdown(table, chosen).encode())
     write_atomically(folder / "table.csv", render_csv(table).encode())
     figure = draw_figure(table, curves)
     if figure is None:
@@ -153,7 +169,7 @@ def _write(table: Table, curves: dict[str, Path], folder: Path) -> None:
         write_atomically(folder / "figure.png", figure)
 
 
-def _print(table: Table) -> None:
+def _print(table: Table, choices: list[Choice]) -> None:
     """Prints a table a group, turned: a terminal has room for many lines and for few columns."""
     console = Console()
     if not console.is_terminal:
@@ -175,6 +191,16 @@ def _print(table: Table) -> None:
         for number, column in enumerate(table.spec.columns):
             turned.add_row(column.header, *(_styled(line[number]) for _, line in rows))
         console.print(turned)
+    if table.spec.baseline:
+        head, body = against_lines(table)
+        against = RichTable(title=f"Against {table.spec.baseline}", title_justify="left")
+        for text in head:
+            against.add_column(text, no_wrap=not text)
+        for line in body:
+            against.add_row(*(_styled(text) for text in line))
+        console.print(against)
+    for text in notes(table.spec.choose, choices) if table.spec.choose else []:
+        console.print(text, markup=False)
     for label, run in table.failed:
         console.print(f"not finished: {label}, seed {run.seed}, {run.run_id}: {run.status}")
     for run in table.unmatched:

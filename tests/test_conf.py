@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 from lab import compose
 
@@ -15,6 +18,8 @@ NEEDS = {
     ("teacher", "none"): ["method=lora"],
     ("data", "jsonl"): ["data.path=rows.jsonl"],
 }
+
+SEARCHED = ("variants", "variants_search")
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -42,6 +47,8 @@ def test_every_experiment_runs_with_every_method(experiment, method):
     config = compose(f"experiment={experiment}", f"method={method}")
     if experiment in ("mini_teacher", "mini_student") and method != "sft":
         return  # they build the base that there is no branch on yet
+    if experiment in SEARCHED and method in ("sft", "kd"):
+        return  # they compare branches
     validate(config)
 
 
@@ -58,3 +65,42 @@ def test_the_methods_differ_in_what_trains_and_in_the_teacher_as_the_paper_says(
         assert (config["lora"]["_target_"] == "neo.models.variants.lora") == branch
         assert (config["loss"]["kd_ratio"] > 0) == teacher
         assert (config["teacher"]["path"] is not None) == teacher
+
+
+def compared_variants():
+    text = (Path(__file__).parent.parent / "experiments/variants/table.yaml").read_text()
+    return re.findall(r"where: \{lora: (\w+)\}", text)
+
+
+def test_the_comparison_has_every_variant_that_make_runs():
+    names = {choice for group, choice in CHOICES if group == "lora"}
+    assert set(compared_variants()) == names - {"none", "lora_r16", "qlora"}
+
+
+@pytest.mark.parametrize("variant", compared_variants())
+@pytest.mark.parametrize("experiment", SEARCHED)
+def test_the_variants_are_compared_at_one_rank_on_one_budget(experiment, variant):
+    config = compose(f"experiment={experiment}", f"lora={variant}", "optim.lr=1e-3")
+    plain = compose(f"experiment={experiment}", "optim.lr=1e-3")
+    assert config["lora"]["r"] == 16
+    shared = ("method", "student", "teacher", "loss", "data", "trainer", "eval_split")
+    assert {key: config[key] for key in shared} == {key: plain[key] for key in shared}
+    assert config["optim"] | {"loraplus_lr_ratio": 0} == plain["optim"] | {"loraplus_lr_ratio": 0}
+    assert config["eval_split"] == ("test" if experiment == "variants" else None)
+
+
+def test_the_rates_of_the_variants_are_searched_with_seeds_that_are_not_reported():
+    texts = [(conf_dir() / f"experiment/{name}.yaml").read_text() for name in SEARCHED]
+    reported, searched = (re.search(r"seed: ([\d,]+)", text)[1].split(",") for text in texts)
+    assert len(reported) == 5
+    assert not set(reported) & set(searched)
+
+
+def test_the_table_of_the_search_asks_for_every_point_of_the_grid():
+    text = (conf_dir() / "experiment/variants_search.yaml").read_text()
+    grid = [float(lr) for lr in re.search(r"optim\.lr: (\S+)", text)[1].split(",")]
+    folder = Path(__file__).parent.parent / "experiments/variants_search"
+    points = re.findall(r"\{lora: (\w+), optim\.lr: ([^}]+)\}", (folder / "table.yaml").read_text())
+    assert [(name, float(lr)) for name, lr in points] == [
+        (name, lr) for name in compared_variants() for lr in grid
+    ]

@@ -10,12 +10,13 @@ from neo.results.tables import build_table
 
 BARS = PanelSpec(kind="bars", x=["eval/mini/exact_match", "eval/mini/exact_match/*"])
 CURVES = PanelSpec(kind="curves", x=["step"], y="val/kd")
+SEEDS = PanelSpec(kind="seeds", x=["eval/mini/exact_match"])
 SCATTER = PanelSpec(kind="scatter", x=["num_trainable_parameters"], y="eval/mini/exact_match")
 
 
 def table_of(panels, methods=("sft", "neo"), groups=("",), **changes):
     column = ColumnSpec(
-        key="val/kd", is_field=False, label="kd", unit="", decimals=2, better=None, scale=1.0
+        key="val/kd", source="metric", label="kd", unit="", decimals=2, better=None, scale=1.0
     )
     rows = [
         RowSpec(label=m, group=group, where={"method": [m], "data": [group or "mini"]})
@@ -60,7 +61,7 @@ def curves(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize("panel", [BARS, SCATTER], ids=lambda p: p.kind)
+@pytest.mark.parametrize("panel", [BARS, SCATTER, SEEDS], ids=lambda p: p.kind)
 def test_a_figure_drawn_twice_is_equal_to_the_byte(panel):
     assert draw_figure(table_of([panel]), {}) == draw_figure(table_of([panel]), {})
 
@@ -71,6 +72,14 @@ def test_every_panel_and_every_group_adds_to_the_figure(curves):
     three = size(draw_figure(table_of([BARS, CURVES, SCATTER]), curves))
     assert two == (2 * one[0], one[1])
     assert one[0] < three[0] < two[0]  # curves and scatter share a line
+
+
+def test_a_panel_of_seeds_grows_with_its_rows_and_shares_its_line():
+    few = size(draw_figure(table_of([SEEDS]), {}))
+    many = size(draw_figure(table_of([SEEDS], methods="abcdefgh"), {}))
+    assert many[0] > few[0]
+    assert size(draw_figure(table_of([SEEDS, SEEDS]), {})) == few
+    assert draw_figure(table_of([PanelSpec(kind="seeds", x=["val/kd"])]), {}) is None
 
 
 def test_without_a_log_the_curves_are_left_out_and_nothing_left_is_no_figure(curves):

@@ -9,12 +9,13 @@ from neo.results.panels import (
     draw_bars,
     draw_curves,
     draw_scatter,
+    draw_seeds,
     expand,
     read_curve,
     row_curves,
 )
+from neo.results.summary import TableRow
 from neo.results.table_spec import RowSpec
-from neo.results.tables import TableRow
 
 TASK = "eval/mini/exact_match"
 STYLES = {"neo": (COLOURS[0], ""), "sft": (COLOURS[1], "")}
@@ -98,3 +99,44 @@ def test_a_scatter_point_stands_at_both_means(axes):
     draw_scatter(axes, "seconds", TASK, rows, STYLES)
     points = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
     assert points == [[[10.0, 50.0]]]
+
+
+def dots(axes):
+    return sorted(tuple(p) for marks in axes.collections for p in marks.get_offsets().tolist())
+
+
+def labels(axes):
+    """The rows' labels from the top."""
+    return [tick.get_text() for tick in axes.get_yticklabels()][::-1]
+
+
+def test_seeds_are_all_there_on_the_line_of_their_row_with_the_mean_marked(axes):
+    rows = [row("neo", {TASK: 0.2}, {TASK: 0.4}), row("sft", {TASK: 0.5}), row("kd", {})]
+    draw_seeds(axes, TASK, rows)
+    assert labels(axes) == ["sft", "neo"]
+    assert dots(axes) == [(20.0, 0.0), (40.0, 0.0), (50.0, 1.0)]
+    (means,) = axes.get_lines()
+    assert means.get_xydata().tolist() == [[pytest.approx(30.0), 0.0], [50.0, 1.0]]
+
+
+@pytest.mark.parametrize(("name", "top"), [(TASK, "sft"), ("val/kd", "neo"), ("train/lr", "sft")])
+def test_the_best_mean_is_on_top(axes, name, top):
+    draw_seeds(axes, name, [row("neo", {name: 0.1}), row("sft", {name: 0.2})])
+    assert labels(axes)[0] == top
+
+
+def test_seeds_with_the_same_number_do_not_hide_each_other(axes):
+    draw_seeds(axes, TASK, [row("neo", {TASK: 0.5}, {TASK: 0.5}, {TASK: 0.5})])
+    assert len(set(dots(axes))) == 3
+    assert {x for x, _ in dots(axes)} == {50.0}
+    assert all(abs(y) < 0.5 for _, y in dots(axes))  # still on its own line
+
+
+def test_the_baselines_mean_runs_through_all_lines_and_without_one_there_is_none(axes):
+    rows = [row("neo", {TASK: 0.2}, {TASK: 0.4}), row("sft", {TASK: 0.5})]
+    draw_seeds(axes, TASK, rows, "neo")
+    (line,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert list(line.get_xdata()) == pytest.approx([30.0, 30.0])
+    assert list(line.get_ydata()) == [0, 1]  # of the axes' height
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["seed", "mean", "mean of neo"]

@@ -117,6 +117,67 @@ def test_a_figure_that_nothing_is_left_for_is_removed(place):
     assert set(files(place / "mine")) == {"table.md", "table.csv"}
 
 
+SEARCH = """
+title: Which ratio
+choose: {by: method, key: loss.kd_ratio, metric: val/kd}
+rows:
+  - {label: low, where: {method: neo, loss.kd_ratio: 0.5}}
+  - {label: high, where: {method: neo, loss.kd_ratio: 0.9}}
+columns:
+  - {metric: val/kd}
+"""
+
+
+@pytest.fixture
+def search(place):
+    """The experiment `search`, with the ratio 0.9 better than 0.5."""
+    folder = place / "experiments" / "search"
+    folder.mkdir()
+    (folder / "table.yaml").write_text(SEARCH)
+    for ratio, kd in ((0.5, 0.4), (0.9, 0.3)):
+        run = example_run(
+            run_id=f"r{ratio}",
+            experiment_name="search",
+            config={"loss": {"kd_ratio": ratio}},
+            metrics={"val/kd": kd},
+        )
+        write_record(run, place / "runs" / "search" / run.run_id)
+    return place
+
+
+def test_a_choice_is_written_as_overrides_and_stands_in_the_table_and_on_the_terminal(
+    search, capsys
+):
+    assert main(["search", "runs=runs", "out=mine"]) == 0
+    found = files(search / "mine")
+    assert found["chosen.txt"] == b"method=neo loss.kd_ratio=0.9\n"
+    line = "method=neo: loss.kd_ratio=0.9 (0.3000 nats/token); at the edge of its grid"
+    assert line in found["table.md"].decode()
+    assert line in capsys.readouterr().out
+
+
+def test_a_choice_with_a_gap_ends_with_status_2_and_leaves_what_was_chosen_before(search, capsys):
+    main(["search", "runs=runs", "out=mine"])
+    before = files(search / "mine")
+    shutil.rmtree(search / "runs/search/r0.5")
+    assert main(["search", "runs=runs", "out=mine"]) == 2
+    error = capsys.readouterr().err
+    assert "1 points lack runs:\n  method=neo loss.kd_ratio=0.5 seed=0" in error
+    assert files(search / "mine") == before
+
+
+def test_the_comparison_with_a_baseline_is_printed(place, capsys):
+    table = TABLE.replace("label: exact match}", "label: exact match, compare: true}")
+    (place / "experiments/mini/table.yaml").write_text(f"{table}baseline: SFT\n")
+    for seed in range(2):
+        run = example_run("neo", seed, metrics={"eval/mini/exact_match": 0.7 + 0.1 * seed})
+        write_record(run, place / "runs/mini" / run.run_id)
+    assert main(["mini", "runs=runs", "out=mine"]) == 0
+    printed = capsys.readouterr().out
+    assert "Against SFT" in printed
+    assert "+50.0 [-13.5, +113.5]" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

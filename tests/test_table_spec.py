@@ -40,6 +40,25 @@ def test_one_value_and_a_list_of_values_are_both_legal_in_where(tmp_path):
     assert row.where == {"method": ["neo"], "seed": [0, 1]}
 
 
+COMPARED = "{metric: val/ce, compare: true}"
+
+
+def test_a_baseline_a_choice_and_what_a_column_shows_are_read(tmp_path):
+    (tmp_path / "more.md").write_text("# More\n", encoding="utf-8")
+    columns = "{metric: val/ce, compare: true, range: true}, {config: optim.lr, label: lr}"
+    more = (
+        "baseline: Neo\nchoose: {by: lora, key: optim.lr, metric: val/kd}\ninclude: more.md\n"
+        "figures: [{kind: seeds, x: val/ce}]"
+    )
+    spec = spec_of(tmp_path, table(columns=columns, more=more))
+    assert (spec.baseline, spec.included) == ("Neo", "# More\n")
+    assert (spec.choose.by, spec.choose.key, spec.choose.metric) == ("lora", "optim.lr", "val/kd")
+    ce, lr = spec.columns
+    assert (ce.source, ce.compare, ce.range) == ("metric", True, True)
+    assert (lr.source, lr.key, lr.header, lr.better) == ("config", "optim.lr", "lr", None)
+    assert spec.figures[0].x == ["val/ce"]
+
+
 WRONG = [
     (table(more="tittle: x"), r"'tittle' is unknown; did you mean 'title'"),
     (table(more="title: again"), "duplicate key"),
@@ -64,6 +83,51 @@ WRONG = [
     (table(columns="{metric: val/cee}"), r"columns\[0\]: unknown metric 'val/cee'"),
     (table(columns="{field: val/ce}"), r"columns\[0\]: unknown record field"),
     (table(columns="{metric: val/ce, field: seconds}"), "both 'metric' and 'field'"),
+    (table(columns="{field: seconds, config: seed}"), "both 'field' and 'config'"),
+    (table(columns="{config: optim.lr, unit: x}"), r"'columns\[0\]\.unit' is unknown"),
+    (table(columns="{config: optim.lr, compare: true}"), r"'columns\[0\]\.compare' is unknown"),
+    (table(columns="{metric: val/ce, range: 1}"), "range' is 1, not of type bool"),
+    (table(columns=COMPARED), "val/ce has 'compare', but there is no 'baseline'"),
+    (table(more="baseline: Neo"), "no column has 'compare: true'"),
+    (
+        table(columns=COMPARED, more="baseline: LoRA"),
+        "baseline: 'LoRA' is no competing row; legal: Neo",
+    ),
+    (
+        table(
+            rows=f"{ROW}, {{label: B, where: {{m: 1}}, reference: true}}",
+            columns=COMPARED,
+            more="baseline: B",
+        ),
+        "baseline: 'B' is no competing row; legal: Neo",
+    ),
+    (
+        table(
+            rows="{label: A, where: {m: 1}, group: g}, {label: B, where: {m: 2}, group: h}",
+            columns=COMPARED,
+            more="baseline: A",
+        ),
+        "'A' is no competing row of group 'h'; legal: B",
+    ),
+    (table(more="choose: {by: lora, key: optim.lr}"), r"'choose\.metric' is missing"),
+    (table(more="choose: [lora]"), "'choose' is .*, not of type dict"),
+    (
+        table(more="choose: {by: lora, key: optim.lr, metric: val/kd, seeds: 2}"),
+        r"'choose\.seeds' is unknown; legal: by, key, metric",
+    ),
+    (
+        table(more="choose: {by: lora, key: lora, metric: val/kd}"),
+        r"choose\.key: 'lora' is what 'by' names",
+    ),
+    (
+        table(more="choose: {by: lora, key: optim.lr, metric: val/kdd}"),
+        r"choose\.metric: unknown metric 'val/kdd'",
+    ),
+    (
+        table(more="choose: {by: lora, key: optim.lr, metric: train/lr}"),
+        r"choose\.metric: train/lr has no better end",
+    ),
+    (table(more="include: ../more.md"), r"include: '\.\./more\.md' is not there"),
     (table(columns="{metric: val/ce, scale: 1000}"), r"scale: .*'unit' must be given"),
     (table(columns="{metric: val/ce, better: more}"), "better: 'more', legal: higher, lower, null"),
     (table(columns="{metric: val/ce, decimals: -1}"), "decimals: -1 is negative"),
@@ -74,6 +138,10 @@ WRONG = [
     (table(more="figures: [{kind: bars, x: [val/ce, val/agreement]}]"), "bars share one axis"),
     (table(more="figures: [{kind: bars, x: val/ce, y: val/kd}]"), "bars have none"),
     (table(more="figures: [{kind: scatter, x: seconds}]"), "scatter need one x and one y"),
+    (table(more="figures: [{kind: seeds, x: val/ce, y: val/kd}]"), "seeds need one x and no y"),
+    (table(more="figures: [{kind: seeds, x: [val/ce, val/kd]}]"), "seeds need one x and no y"),
+    (table(more="figures: [{kind: seeds}]"), "seeds need one x and no y"),
+    (table(more="figures: [{kind: seeds, x: 'val/ce/*'}]"), r"unknown metric 'val/ce/\*'"),
     (table(more="figures: [{kind: curves, x: epoch, y: val/kd}]"), "legal for curves: step"),
 ]
 

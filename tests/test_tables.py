@@ -14,7 +14,8 @@ from neo.results.tables import MISSING, build_table, cells, render_csv, render_m
 
 def column(key="val/ce", **changes):
     fields = {"label": key, "unit": "", "decimals": 2, "better": "lower", "scale": 1.0}
-    return ColumnSpec(key=key, is_field="/" not in key, **(fields | changes))
+    source = "metric" if "/" in key else "field"
+    return ColumnSpec(**({"key": key, "source": source} | fields | changes))
 
 
 def row(method, **changes):
@@ -165,6 +166,47 @@ def test_the_papers_number_stands_beside_ours_with_the_difference():
         f"{MISSING} (paper 3.00)",
     ]
     assert "the paper's number" in render_markdown(table)
+
+
+def test_a_range_shows_the_lowest_and_the_highest_seed():
+    columns = [column(range=True, scale=10.0)]
+    assert (
+        cell(runs("neo", [3.0, 1.0, 2.0]), [row("neo")], columns) == "20.00 ± 10.00 [10.00, 30.00]"
+    )
+    assert cell(runs("neo", [3.0]), [row("neo")], columns) == "30.00"
+    assert cell(runs("neo", [3.0, 3.0]), [row("neo")], columns) == "30.00"
+    table = build_table(spec([row("neo")], columns), runs("neo", [3.0, 1.0, None]))
+    assert cells(table)[0][0] == "20.00 ± 14.14 [10.00, 30.00] (n=2)"
+    assert "the lowest and the highest seed" in render_markdown(table)
+    (line,) = csv.DictReader(io.StringIO(render_csv(table)))
+    assert (line["val/ce_low"], line["val/ce_high"]) == ("1.0", "3.0")
+
+
+def setting(key):
+    return column(key, source="config", better=None)
+
+
+def test_a_config_column_shows_the_setting_of_the_runs_as_typed():
+    records = [
+        example_run("neo", i, config={"optim": {"lr": lr}, "data": {"packing": True}})
+        for i, lr in enumerate([0.0003, 0.0003, 0.01])
+    ]
+    columns = [setting("optim.lr"), setting("data.packing"), setting("method")]
+    table = build_table(spec([row("neo"), row("kd")], columns), records)
+    assert cells(table) == [["0.0003, 0.01", "true", "neo"], [MISSING] * 3]
+    assert next(csv.DictReader(io.StringIO(render_csv(table))))["optim.lr"] == "0.0003, 0.01"
+
+
+def test_a_config_column_that_no_record_has_is_refused():
+    with pytest.raises(ValueError, match=r"columns\[0\]\.config: .*'optim\.lrr'"):
+        build_table(spec([row("neo")], [setting("optim.lrr")]), runs("neo", [1.0]))
+
+
+def test_notes_and_an_included_text_stand_under_the_table():
+    table = build_table(spec([row("neo")], included="# More\n\ntext\n\n"), runs("neo", [1.0]))
+    text = render_markdown(table, ["Chosen: this.", "", "* one"])
+    assert "\n\nChosen: this.\n\n* one\n\n- Code: " in text
+    assert text.endswith("\n\n# More\n\ntext\n")
 
 
 def test_no_cell_reads_minus_zero():

@@ -11,17 +11,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from neo.results.metrics import quantity
+from neo.results.panel_spec import PanelSpec
 from neo.results.panels import (
     COLOURS,
     HATCHES,
     draw_bars,
     draw_curves,
     draw_scatter,
+    draw_seeds,
     expand,
     row_curves,
 )
-from neo.results.table_spec import PanelSpec
-from neo.results.tables import Table, TableRow, summarize
+from neo.results.summary import TableRow, summarize
+from neo.results.tables import Table
 
 STYLE = {"font.size": 11, "axes.titlesize": 12}
 WIDTH = 10.0  # inches: 11 points stay legible where a README shrinks the figure to 830 pixels
@@ -41,20 +43,29 @@ def draw_figure(table: Table, curves: Mapping[str, Path]) -> bytes | None:
     if not jobs:
         return None
     lines = _arrange(jobs)
-    heights = [3.9 if line[0][0].kind == "bars" else 3.5 for line in lines]
+    heights = [max(_height(table, job) for job in line) for line in lines]
     with style.context(["default", STYLE]):  # not the reader's own matplotlibrc
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained", dpi=DPI)
         FigureCanvasAgg(figure)
         bands = figure.subfigures(len(lines), 1, height_ratios=heights, squeeze=False)[:, 0]
         for line, band in zip(lines, bands, strict=True):
             # Groups drawn side by side are there to be compared: on one scale.
-            same = len({id(panel) for panel, _ in line}) == 1
+            # Lines of seeds are sorted, so that each panel has labels of its own.
+            same = len({id(panel) for panel, _ in line}) == 1 and line[0][0].kind != "seeds"
             row = band.subplots(1, len(line), squeeze=False, sharey=same)[0]
             for job, axes in zip(line, row, strict=True):
                 _draw(axes, table, job, curves)
         png = io.BytesIO()
         figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()
+
+
+def _height(table: Table, job: Job) -> float:
+    """Return the height of the panel in inches; a line of seeds needs room for its label."""
+    panel, group = job
+    if panel.kind == "seeds":
+        return 1.4 + 0.29 * len(_rows(table, group)[0])
+    return 3.9 if panel.kind == "bars" else 3.5
 
 
 def _jobs(table: Table) -> list[Job]:
@@ -86,12 +97,13 @@ def _has_content(table: Table, job: Job, curves: Mapping[str, Path]) -> bool:
     own, references = _rows(table, group)
     if panel.kind == "curves":
         return any(row_curves(row, panel.y, curves) for row in own)
-    names = expand(panel.x, own) if panel.kind == "bars" else [*panel.x, panel.y]
-    rows = own if panel.kind == "bars" else own + references
-    return any(
-        (any if panel.kind == "bars" else all)(summarize(row.runs, name).n for name in names)
-        for row in rows
-    )
+    if panel.kind == "scatter":
+        return any(
+            all(summarize(row.runs, name).n for name in (*panel.x, panel.y))
+            for row in own + references
+        )
+    names = expand(panel.x, own)
+    return any(summarize(row.runs, name).n for row in own for name in names)
 
 
 def _draw(axes: Axes, table: Table, job: Job, curves: Mapping[str, Path]) -> None:
@@ -106,13 +118,17 @@ def _draw(axes: Axes, table: Table, job: Job, curves: Mapping[str, Path]) -> Non
     elif panel.kind == "curves":
         draw_curves(axes, panel.y, own, styles, curves)
         axes.set_ylabel(_axis_label(panel.y, labels))
+    elif panel.kind == "seeds":
+        draw_seeds(axes, panel.x[0], own, table.spec.baseline)
+        axes.set_xlabel(_axis_label(panel.x[0], labels))
     else:
         draw_scatter(axes, panel.x[0], panel.y, own + references, styles)
         axes.set_xlabel(_axis_label(panel.x[0], labels))
         axes.set_ylabel(_axis_label(panel.y, labels))
     title = panel.title or _panel_title(panel, labels)
     wide = panel.kind == "bars"
-    pad = 24.0 if wide else 8.0  # bars have their legend between title and axes
+    # Bars and seeds have their legend between title and axes.
+    pad = 24.0 if panel.kind in ("bars", "seeds") else 8.0
     title = textwrap.fill(f"{title}: {group}" if group else title, 90 if wide else 50)
     axes.set_title(title, loc="left", pad=pad, weight="bold")
     axes.spines[["top", "right"]].set_visible(False)
@@ -136,7 +152,8 @@ def _panel_title(panel: PanelSpec, labels: Mapping[str, str]) -> str:
     if panel.kind == "bars":
         parts = panel.x[0].split("/")
         return _metric_label(panel.x[0]) + (f" on {parts[1]}" if parts[0] == "eval" else "")
-    return labels.get(panel.y, panel.y)
+    name = panel.x[0] if panel.kind == "seeds" else panel.y
+    return labels.get(name, name)
 
 
 def _axis_label(name: str, labels: Mapping[str, str]) -> str:

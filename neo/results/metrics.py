@@ -41,6 +41,7 @@ _TABLE = (
     Metric("train/loss", NATS, "the weighted sum of ce and kd that is optimized", "lower", 4),
     Metric("train/ce", NATS, "cross-entropy against the data", "lower", 4),
     Metric("train/kd", NATS, "divergence between teacher and student", "lower", 4),
+    Metric("train/penalty", NATS, "what a variant adds to the loss, such as KaSA's", "lower", 4),
     Metric("train/student_entropy", NATS, "entropy of the student's distribution", None, 4),
     Metric("train/teacher_target", SHARE, "teacher probability of the next token", None, 1),
     Metric("val/loss", NATS, "train/loss on the validation rows", "lower", 4),
@@ -55,6 +56,9 @@ _TABLE = (
     Metric("train/tokens", "tokens", "supervised tokens seen so far, all ranks", None, 0),
     Metric("perf/tokens_per_s", "tokens/s", "supervised tokens per second per device", "higher", 0),
     Metric("perf/peak_mem_gib", "GiB", "largest memory held by one device", "lower", 2),
+    Metric(
+        "perf/init_rows", "rows", "training rows that the branch's start is computed from", None, 0
+    ),
     Metric("perf/init_s", "s", "time of the branch's initialisation", "lower", 2),
     Metric("perf/init_peak_mem_gib", "GiB", "largest memory of the initialisation", "lower", 3),
     Metric("perf/init_rows", "rows", "training rows the initialisation was computed from", None, 0),

@@ -1,4 +1,4 @@
-"""The panels of a figure: bars, curves and scatter, one mark per row of the table."""
+"""The panels of a figure: bars, curves, scatter and seeds, drawn per row of the table."""
 
 import csv
 import fnmatch
@@ -12,7 +12,7 @@ from matplotlib.container import BarContainer
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from neo.results.metrics import quantity
-from neo.results.tables import TableRow, summarize
+from neo.results.summary import TableRow, by_seed, summarize
 
 # Okabe and Ito's colours, told apart by colour-blind readers too (Okabe and Ito 2008); the order
 # puts a light one beside a dark one, so that neighbours differ in grey print as well.
@@ -168,6 +168,59 @@ def draw_scatter(
     axes.grid(color="#dddddd", lw=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=True, edgecolor="none")
+
+
+def draw_seeds(axes: Axes, name: str, rows: Sequence[TableRow], baseline: str = "") -> None:
+    """Draw one line per row with a dot per seed and a mark at the mean, the best mean on top.
+
+    The mean of the row labelled `baseline` goes through all lines. Rows without a number are left
+    out. Where neither end is the better one, the highest mean is on top.
+    """
+    info = quantity(name)[0]
+    found = {row.spec.label: list(by_seed(row.runs, name).values()) for row in rows}
+    shown = [(statistics.fmean(numbers), label) for label, numbers in found.items() if numbers]
+    shown.sort(reverse=info.better == "lower")  # the axis begins at the bottom
+    for is_base, colour in ((False, COLOURS[2]), (True, COLOURS[3])):
+        dots = [
+            # Seeds with the same number stand above one another: every seed is to be seen.
+            (info.scale * number, height + 0.12 * found[label][:k].count(number))
+            for height, (_, label) in enumerate(shown)
+            for k, number in enumerate(found[label])
+            if (label == baseline) == is_base
+        ]
+        axes.scatter(
+            [x for x, _ in dots],
+            [y for _, y in dots],
+            s=50,
+            color=colour,
+            alpha=0.5,
+            lw=0,
+            clip_on=False,
+            label="" if is_base else "seed",
+        )
+    means = [info.scale * mean for mean, _ in shown]
+    axes.plot(means, range(len(means)), "|", color="black", ms=15, mew=2.2, label="mean")
+    for mean, (_, label) in zip(means, shown, strict=True):
+        if label == baseline:
+            axes.axvline(
+                mean, color=COLOURS[3], ls="--", lw=1.4, zorder=1, label=f"mean of {label}"
+            )
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        frameon=False,
+        borderaxespad=0.2,
+        borderpad=0.1,
+        handlelength=1.4,
+        columnspacing=1.4,
+    )
+    axes.set_yticks(range(len(shown)), [label for _, label in shown])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="both", color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
 
 
 def row_curves(row: TableRow, name: str, curves: Mapping[str, Path]) -> list[dict[float, float]]:

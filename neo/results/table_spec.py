@@ -1,7 +1,5 @@
 """What a table is to show: the strict reading of an experiment's `table.yaml`."""
 
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from neo.results.metrics import field_info, metric_info, quantity
+from neo.results.entries import Entries
+from neo.results.metrics import field_info, metric_info
+from neo.results.panel_spec import PanelSpec, read_panel
 
 Scalar = str | int | float | bool | None
-PANEL_KINDS = ("bars", "curves", "scatter")
+SOURCES = ("metric", "field", "config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +37,24 @@ class RowSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSpec:
-    """One column of a table; a printed number is the recorded one times `scale`."""
+    """One column of a table; a printed number is the recorded one times `scale`.
+
+    Attributes:
+        key: Name of a metric, of a record's field, or a dotted config path.
+        source: Which of the three, one of `SOURCES`; a config value is printed as it is.
+        range: Whether a cell shows its lowest and highest seed, too.
+        compare: Whether the rows are compared with the baseline in this column.
+    """
 
     key: str
-    is_field: bool
+    source: str
     label: str
     unit: str
     decimals: int
     better: str | None
     scale: float
+    range: bool = False
+    compare: bool = False
 
     @property
     def header(self) -> str:
@@ -56,26 +65,29 @@ class ColumnSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PanelSpec:
-    """One panel of the figure.
+class ChooseSpec:
+    """What setting is to be chosen from the records.
 
     Attributes:
-        kind: "bars" (x: metrics, `/*` stands for all kinds of one), "curves" (x: the step, y: a
-            logged metric) or "scatter" (x and y: a metric or record field each).
-        x: One or more names.
-        y: Name of what is drawn upwards; bars have none.
-        title: Above the panel; made from the metrics where empty.
+        by: Config group or dotted config path; one setting is chosen for each of its values.
+        key: Config group or dotted config path of the setting.
+        metric: What the mean over seeds of is to be best.
     """
 
-    kind: str
-    x: list[str]
-    y: str = ""
-    title: str = ""
+    by: str
+    key: str
+    metric: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """The whole of a `table.yaml`."""
+    """The whole of a `table.yaml`.
+
+    Attributes:
+        baseline: Label of the row, one in each group, that the others are compared with; or empty.
+        choose: What is chosen from the runs of the table.
+        included: Markdown to stand under the table.
+    """
 
     title: str
     rows: list[RowSpec]
@@ -84,30 +96,35 @@ class TableSpec:
     note: str = ""
     group_label: str = ""
     figures: list[PanelSpec] = field(default_factory=list)
+    baseline: str = ""
+    choose: ChooseSpec | None = None
+    included: str = ""
 
 
 def read_table_spec(path: Path | str) -> TableSpec:
     """Return the table described by the YAML file at `path`.
 
     Raises:
-        ValueError: The file is no YAML, has an unknown or repeated key, lacks one, or holds a
-            value of the wrong type; the message names file and key.
+        ValueError: The file is no YAML, has an unknown or repeated key, lacks one, holds a value
+            of the wrong type, or includes a file that is not there; the message names file and key.
     """
     try:
-        return _table(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        return _table(OmegaConf.to_container(OmegaConf.load(path), resolve=True), Path(path).parent)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except (ValueError, YAMLError, OSError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _table(node: Any) -> TableSpec:
-    entries = _Entries(node, "")
+def _table(node: Any, folder: Path) -> TableSpec:
+    entries = Entries(node, "")
     rows = [_row(row, f"rows[{i}]") for i, row in enumerate(entries.take("rows", list))]
     columns = [_column(c, f"columns[{i}]") for i, c in enumerate(entries.take("columns", list))]
     figures = [
-        _panel(p, f"figures[{i}]") for i, p in enumerate(entries.take("figures", list, default=[]))
+        read_panel(p, f"figures[{i}]")
+        for i, p in enumerate(entries.take("figures", list, default=[]))
     ]
+    choose = entries.take("choose", dict, default=None)
     spec = TableSpec(
         title=entries.take("title", str),
         rows=rows,
@@ -116,6 +133,9 @@ def _table(node: Any) -> TableSpec:
         note=entries.take("note", str, default=""),
         group_label=entries.take("group_label", str, default=""),
         figures=figures,
+        baseline=entries.take("baseline", str, default=""),
+        choose=None if choose is None else _choose(choose),
+        included=_included(entries.take("include", str, default=""), folder),
     )
     entries.finish()
     for name, values in (
@@ -131,11 +151,60 @@ def _table(node: Any) -> TableSpec:
         for key in row.paper:
             if key not in keys:
                 raise ValueError(f"rows[{i}].paper: {key!r} is no column; legal: {', '.join(keys)}")
+    _check_baseline(spec)
     return spec
 
 
+def _check_baseline(spec: TableSpec) -> None:
+    """Raise ValueError unless the baseline is one row of every group, and something is compared."""
+    compared = [column.key for column in spec.columns if column.compare]
+    if not spec.baseline:
+        if compared:
+            raise ValueError(f"columns: {compared[0]} has 'compare', but there is no 'baseline'")
+        return
+    if not compared:
+        raise ValueError("baseline: no column has 'compare: true', so nothing is compared with it")
+    competing = [row for row in spec.rows if not row.reference]
+    for group in dict.fromkeys(row.group for row in competing):
+        labels = [row.label for row in competing if row.group == group]
+        if spec.baseline not in labels:
+            place = f" of group {group!r}" if group else ""
+            raise ValueError(
+                f"baseline: {spec.baseline!r} is no competing row{place}; "
+                f"legal: {', '.join(labels)}"
+            )
+
+
+def _choose(node: Any) -> ChooseSpec:
+    entries = Entries(node, "choose")
+    spec = ChooseSpec(
+        by=entries.take("by", str),
+        key=entries.take("key", str),
+        metric=entries.take("metric", str),
+    )
+    entries.finish()
+    if spec.by == spec.key:
+        raise ValueError(f"choose.key: {spec.key!r} is what 'by' names; nothing is left to choose")
+    try:
+        info = metric_info(spec.metric)
+    except ValueError as error:
+        raise ValueError(f"choose.metric: {error}") from error
+    if info.better is None:
+        raise ValueError(f"choose.metric: {spec.metric} has no better end to choose by")
+    return spec
+
+
+def _included(name: str, folder: Path) -> str:
+    """Return the text of the file called `name`, seen from the folder of the `table.yaml`."""
+    if not name:
+        return ""
+    if not (folder / name).is_file():
+        raise ValueError(f"include: {name!r} is not there; a Markdown file's path from {folder}")
+    return (folder / name).read_text(encoding="utf-8")
+
+
 def _row(node: Any, place: str) -> RowSpec:
-    entries = _Entries(node, place)
+    entries = Entries(node, place)
     where = entries.take("where", dict)
     if not where:
         raise ValueError(f"{place}.where: names nothing, so every run would match")
@@ -157,13 +226,27 @@ def _row(node: Any, place: str) -> RowSpec:
 
 
 def _column(node: Any, place: str) -> ColumnSpec:
-    entries = _Entries(node, place)
-    if isinstance(node, dict) and "metric" in node and "field" in node:
-        raise ValueError(f"{place}: has both 'metric' and 'field'; a column shows one")
-    is_field = isinstance(node, dict) and "field" in node
-    key = entries.take("field" if is_field else "metric", str)
+    entries = Entries(node, place)
+    given = [source for source in SOURCES if isinstance(node, dict) and source in node]
+    if len(given) > 1:
+        both = " and ".join(repr(source) for source in given)
+        raise ValueError(f"{place}: has both {both}; a column shows one")
+    source = given[0] if given else "metric"
+    key = entries.take(source, str)
+    if source == "config":  # a setting: no unit, no mean, nothing to compare
+        column = ColumnSpec(
+            key=key,
+            source=source,
+            label=entries.take("label", str, default=key),
+            unit="",
+            decimals=0,
+            better=None,
+            scale=1.0,
+        )
+        entries.finish()
+        return column
     try:
-        info = field_info(key) if is_field else metric_info(key)
+        info = field_info(key) if source == "field" else metric_info(key)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if isinstance(node, dict) and "scale" in node and "unit" not in node:
@@ -172,12 +255,14 @@ def _column(node: Any, place: str) -> ColumnSpec:
         )
     column = ColumnSpec(
         key=key,
-        is_field=is_field,
+        source=source,
         label=entries.take("label", str, default=key),
         unit=entries.take("unit", str, default=info.printed_unit),
         decimals=entries.take("decimals", int, default=info.decimals),
         better=entries.take("better", str | None, default=info.better),
         scale=float(entries.take("scale", int | float, default=info.scale)),
+        range=entries.take("range", bool, default=False),
+        compare=entries.take("compare", bool, default=False),
     )
     entries.finish()
     if column.better not in ("higher", "lower", None):
@@ -185,65 +270,3 @@ def _column(node: Any, place: str) -> ColumnSpec:
     if column.decimals < 0:
         raise ValueError(f"{place}.decimals: {column.decimals} is negative")
     return column
-
-
-def _panel(node: Any, place: str) -> PanelSpec:
-    entries = _Entries(node, place)
-    x = entries.take("x", str | list, default="step")
-    panel = PanelSpec(
-        kind=entries.take("kind", str),
-        x=[x] if isinstance(x, str) else x,
-        y=entries.take("y", str, default=""),
-        title=entries.take("title", str, default=""),
-    )
-    entries.finish()
-    if panel.kind not in PANEL_KINDS:
-        raise ValueError(f"{place}.kind: {panel.kind!r}, legal: {', '.join(PANEL_KINDS)}")
-    if panel.kind == "bars" and panel.y:
-        raise ValueError(f"{place}.y: bars have none; the metrics stand in x")
-    if panel.kind != "bars" and (not panel.y or len(panel.x) != 1):
-        raise ValueError(f"{place}: {panel.kind} need one x and one y")
-    if panel.kind == "curves" and panel.x != ["step"]:
-        raise ValueError(f"{place}.x: {panel.x[0]!r}, legal for curves: step")
-    names = {"bars": panel.x, "curves": [panel.y], "scatter": [*panel.x, panel.y]}[panel.kind]
-    try:
-        units = {quantity(str(name).removesuffix("/*"))[0].unit for name in names}
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    if panel.kind == "bars" and len(units) != 1:
-        raise ValueError(f"{place}.x: bars share one axis, but these have {len(units)} units")
-    return panel
-
-
-class _Entries:
-    """The keys of one YAML mapping, each to be taken once."""
-
-    def __init__(self, node: Any, place: str) -> None:
-        if not isinstance(node, Mapping):
-            raise ValueError(f"{place or 'the file'}: {node!r} is not a mapping of keys to values")
-        self.left = dict(node)
-        self.place = f"{place}." if place else ""
-        self.taken: list[str] = []
-
-    def take(self, key: str, kind: Any, **default: Any) -> Any:
-        """Return the value of `key`, or the default where one is given."""
-        self.taken.append(key)
-        if key not in self.left:
-            if "default" in default:
-                return default["default"]
-            raise ValueError(f"key '{self.place}{key}' is missing")
-        value = self.left.pop(key)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"key '{self.place}{key}' is {value!r}, not of type {_name(kind)}")
-        return value
-
-    def finish(self) -> None:
-        """Raise ValueError where a key was not taken."""
-        for key in self.left:
-            near = difflib.get_close_matches(str(key), self.taken, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(self.taken)}"
-            raise ValueError(f"key '{self.place}{key}' is unknown; {hint}")
-
-
-def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))

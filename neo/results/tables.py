@@ -2,34 +2,16 @@
 
 import csv
 import io
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from neo.results.metrics import quantity
+from neo.results import against
+from neo.results.against import Comparison
+from neo.results.markdown import MISSING, line, number, plain
 from neo.results.records import RunRecord
+from neo.results.summary import ABSENT, TableRow, lookup, spelt_values, summarize
 from neo.results.table_spec import ColumnSpec, RowSpec, Scalar, TableSpec
-
-MISSING = "—"
-_ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean and sample standard deviation of `n` runs; None where there are too few of them."""
-
-    mean: float | None
-    std: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """One row and the finished runs behind it, a seed each."""
-
-    spec: RowSpec
-    runs: list[RunRecord]
 
 
 @dataclass(frozen=True)
@@ -52,13 +34,26 @@ class Table:
         shown = [run for row in self.rows for run in row.runs] + [run for _, run in self.failed]
         return list({run.run_id: run for run in shown}.values())
 
-    def best(self, column: ColumnSpec) -> set[int]:
-        """Return the indices of the rows that are clearly best in `column`, one per group.
+    def comparisons(self, column: ColumnSpec) -> dict[int, Comparison | None]:
+        """Return how each row that is compared in `column` differs from the baseline, by index."""
+        if not column.compare:
+            return {}
+        return against.compare(self.rows, self.spec.baseline, column)
 
-        Clearly: at least two runs each, and a gap to the second that is larger than both standard
-        deviations and shows in the printed digits. Reference rows do not compete.
+    def best(self, column: ColumnSpec) -> set[int]:
+        """Return the indices of the rows that are clearly good in `column`.
+
+        With a baseline: the rows that are better than it by the paired test, so none in a column
+        that is not compared. Without: the best row of each group, if that is clear: at least two
+        runs each, and a gap to the second that is larger than both standard deviations and shows
+        in the printed digits. Reference rows do not compete.
         """
-        winners = set()
+        if self.spec.baseline:
+            found = self.comparisons(column).items()
+            return {i for i, shown in found if shown is not None and shown.is_better(column)}
+        winners: set[int] = set()
+        if column.source == "config":
+            return winners
         for group in {row.spec.group for row in self.rows}:
             ranked = sorted(
                 (
@@ -76,8 +71,8 @@ class Table:
             (best, best_std, i), (second, second_std, _) = ranked[:2]
             if best_std is None or second_std is None:
                 continue
-            differ = _number(best * column.scale, column) != _number(second * column.scale, column)
-            if differ and abs(best - second) > max(best_std, second_std):
+            printed = [number(mean * column.scale, column.decimals) for mean in (best, second)]
+            if printed[0] != printed[1] and abs(best - second) > max(best_std, second_std):
                 winners.add(i)
         return winners
 
@@ -86,14 +81,22 @@ def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
     """Return the table of `spec`, filled with the records that match its rows.
 
     Raises:
-        ValueError: A `where` names a key that no record has, or two finished runs of one row have
-            the same seed, so that they would be counted as if they were repetitions.
+        ValueError: A `where` or a column names a key that no record has, or two finished runs of
+            one row have the same seed, so that they would be counted as if they were repetitions.
     """
     ordered = sorted(records, key=lambda run: (run.seed, run.run_id))
     table = Table(spec, [TableRow(row, []) for row in spec.rows])
+    for i, column in enumerate(spec.columns):
+        unknown = column.source == "config" and all(
+            lookup(run, column.key) is ABSENT for run in ordered
+        )
+        if ordered and unknown:
+            raise ValueError(
+                f"columns[{i}].config: no record has a choice or a config key {column.key!r}"
+            )
     for i, row in enumerate(table.rows):
         for key in row.spec.where:
-            if ordered and all(_lookup(run, key) is _ABSENT for run in ordered):
+            if ordered and all(lookup(run, key) is ABSENT for run in ordered):
                 raise ValueError(f"rows[{i}].where: no record has a choice or a config key {key!r}")
         seeds: dict[int, str] = {}
         for run in ordered:
@@ -115,20 +118,8 @@ def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
     return table
 
 
-def summarize(runs: Sequence[RunRecord], key: str) -> Summary:
-    """Return mean and standard deviation, in recorded units, of the number `key` over the runs."""
-    _, is_field = quantity(key)
-    found = [getattr(run, key) if is_field else run.metrics.get(key) for run in runs]
-    numbers = [float(number) for number in found if number is not None]
-    return Summary(
-        mean=statistics.fmean(numbers) if numbers else None,
-        std=statistics.stdev(numbers) if len(numbers) > 1 else None,
-        n=len(numbers),
-    )
-
-
 def cells(table: Table) -> list[list[str]]:
-    """Return the printed cells, row by row, with `**` around the clearly best."""
+    """Return the printed cells, row by row, with `**` around the clearly good."""
     best = [table.best(column) for column in table.spec.columns]
     return [
         [
@@ -158,85 +149,156 @@ def lines(table: Table) -> list[list[str]]:
     ]
 
 
-def render_markdown(table: Table) -> str:
-    """Return the table as Markdown, with what it was made from under it."""
+def render_markdown(table: Table, notes: Sequence[str] = ()) -> str:
+    """Return the table as Markdown, with what it was made from under it.
+
+    Args:
+        table: Rows and their runs.
+        notes: Lines to stand under the table, such as what was chosen from it.
+    """
     spec = table.spec
     head = headers(table)
     left = 2 if _has_groups(table) else 1
     parts = [f"# {spec.title}", ""]
-    parts += [_line(head), _line(["---"] * left + ["--:"] * (len(head) - left))]
-    parts += [_line(row) for row in lines(table)]
+    parts += [line(head), line(["---"] * left + ["--:"] * (len(head) - left))]
+    parts += [line(row) for row in lines(table)]
     parts += ["", *_notes(table)]
+    if spec.baseline:
+        head, body = against_lines(table)
+        parts += ["", f"## Against {spec.baseline}, seed by seed", ""]
+        parts += [line(head), line(["---"] * left + ["--:"] * (len(head) - left))]
+        parts += [line(row) for row in body]
+        parts += ["", _against_note(table)]
     if table.failed:
         parts += ["", "Runs that did not finish:", ""]
         parts += [
-            f"- {_plain(label)}, seed {run.seed}, run {run.run_id}: {run.status}"
-            + (f" ({_plain(run.error)})" if run.error else "")
+            f"- {plain(label)}, seed {run.seed}, run {run.run_id}: {run.status}"
+            + (f" ({plain(run.error)})" if run.error else "")
             for label, run in table.failed
         ]
+    if notes:
+        parts += ["", *notes]
     parts += ["", *_origin(table)]
+    if spec.included:
+        parts += ["", spec.included.strip("\n")]
     return "\n".join(parts) + "\n"
 
 
+def against_lines(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Return headers and printed rows of the comparison with the baseline."""
+    columns = [column for column in table.spec.columns if column.compare]
+    found = {column.key: table.comparisons(column) for column in columns}
+    head = [table.spec.group_label] if _has_groups(table) else []
+    head += ["", "n", *(text for column in columns for text in against.headers(column))]
+    body = []
+    for i, row in enumerate(table.rows):
+        if all(i not in compared for compared in found.values()):
+            continue  # the baseline itself, or a reference
+        n = max(shown.paired.n if (shown := found[c.key][i]) else 0 for c in columns)
+        texts = [text for c in columns for text in against.cells(found[c.key][i], c, n)]
+        group = [row.spec.group] if _has_groups(table) else []
+        body.append([*group, row.spec.label, str(n) if n else MISSING, *texts])
+    return head, body
+
+
 def render_csv(table: Table) -> str:
-    """Return the table as CSV: recorded units, all digits, mean, std and n per column."""
+    """Return the table as CSV: recorded units, all digits, mean, std and n per column.
+
+    A column with `range` has its lowest and highest number, too. A compared one has the mean
+    difference to the baseline, the ends of its interval, p, p after Holm's correction, and the
+    number of pairs. A config value stands there once.
+    """
+    lines = [_csv_line(table, i) for i in range(len(table.rows))]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    keys = [column.key for column in table.spec.columns]
-    writer.writerow(["group", "row", *(f"{k}{end}" for k in keys for end in ("", "_std", "_n"))])
-    for row in table.rows:
-        numbers: list[float | int | str] = []
-        for key in keys:
-            summary = summarize(row.runs, key)
-            numbers += [
-                "" if summary.mean is None else summary.mean,
-                "" if summary.std is None else summary.std,
-                summary.n,
-            ]
-        writer.writerow([row.spec.group, row.spec.label, *numbers])
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
 
 
+def _csv_line(table: Table, i: int) -> dict[str, float | int | str | None]:
+    row = table.rows[i]
+    found: dict[str, float | int | str | None] = {"group": row.spec.group, "row": row.spec.label}
+    for column in table.spec.columns:
+        key = column.key
+        if column.source == "config":
+            found[key] = spelt_values(row.runs, key)
+            continue
+        summary = summarize(row.runs, key)
+        found |= {key: summary.mean, f"{key}_std": summary.std, f"{key}_n": summary.n}
+        if column.range:
+            found |= {f"{key}_low": summary.low, f"{key}_high": summary.high}
+        if column.compare:
+            shown = table.comparisons(column).get(i)
+            paired = shown.paired if shown else None
+            found |= {
+                f"{key}_difference": paired.difference if paired else None,
+                f"{key}_difference_low": paired.low if paired else None,
+                f"{key}_difference_high": paired.high if paired else None,
+                f"{key}_p": paired.p if paired else None,
+                f"{key}_p_holm": shown.p_holm if shown else None,
+                f"{key}_pairs": paired.n if paired else None,
+            }
+    return found
+
+
 def _cell(row: TableRow, column: ColumnSpec, *, bold: bool) -> str:
+    if column.source == "config":
+        return spelt_values(row.runs, column.key) or MISSING
     summary = summarize(row.runs, column.key)
     text = MISSING
     if summary.mean is not None:
-        text = _number(summary.mean * column.scale, column)
+        text = _printed(summary.mean, column)
         if summary.std:  # none for a single run, 0 for counts that the config fixes
-            text += f" ± {_number(summary.std * column.scale, column)}"
+            text += f" ± {_printed(summary.std, column)}"
         if bold:
             text = f"**{text}**"
+        if column.range and summary.std and summary.low is not None and summary.high is not None:
+            text += f" [{_printed(summary.low, column)}, {_printed(summary.high, column)}]"
         if summary.n != len(row.runs):
             text += f" (n={summary.n})"
     if column.key in row.spec.paper:
         paper = row.spec.paper[column.key]
-        text += f" (paper {_number(paper, column)}"
+        text += f" (paper {number(paper, column.decimals)}"
         if summary.mean is not None:
             text += f", {summary.mean * column.scale - paper:+,.{column.decimals}f}"
         text += ")"
     return text
 
 
-def _number(value: float | int, column: ColumnSpec) -> str:
-    # Adding 0.0 turns the -0.0 that rounding leaves into 0.0.
-    return f"{round(float(value), column.decimals) + 0.0:,.{column.decimals}f}"
+def _printed(recorded: float, column: ColumnSpec) -> str:
+    return number(recorded * column.scale, column.decimals)
 
 
 def _notes(table: Table) -> list[str]:
     spec = table.spec
     rule = (
         f"Mean ± sample standard deviation over n seeds, without ± where all are equal; {MISSING} "
-        "was not measured. Bold: the "
-        "best mean of its column"
-        + (" and group" if _has_groups(table) else "")
-        + ", where best and second have at least two seeds and lie further apart than both "
-        "standard deviations."
+        "was not measured."
     )
+    if any(column.range for column in spec.columns):
+        rule += " In square brackets the lowest and the highest seed."
+    if spec.baseline:
+        rule += f" Bold: better than {spec.baseline} by the paired test of the second table."
+    else:
+        rule += (
+            " Bold: the best mean of its column"
+            + (" and group" if _has_groups(table) else "")
+            + ", where best and second have at least two seeds and lie further apart than both "
+            "standard deviations."
+        )
     if any(row.reference for row in spec.rows):
         rule += " Rows in italics are for reference and do not compete."
     if any(row.paper for row in spec.rows):
         rule += " In brackets the paper's number and ours minus it."
     return ([spec.note, ""] if spec.note else []) + [rule]
+
+
+def _against_note(table: Table) -> str:
+    columns = [column for column in table.spec.columns if column.compare]
+    found = [shown for column in columns for shown in table.comparisons(column).values()]
+    pairs = max((shown.paired.n for shown in found if shown is not None), default=0)
+    return against.note(table.spec.baseline, pairs)
 
 
 def _origin(table: Table) -> list[str]:
@@ -260,20 +322,8 @@ def _origin(table: Table) -> list[str]:
 
 def _matches(run: RunRecord, where: dict[str, list[Scalar]]) -> bool:
     return all(
-        any(_same(_lookup(run, key), value) for value in values) for key, values in where.items()
+        any(_same(lookup(run, key), value) for value in values) for key, values in where.items()
     )
-
-
-def _lookup(run: RunRecord, key: str) -> Any:
-    """Return the choice or the value at a dotted config path, or `_ABSENT`."""
-    if key in run.choices:
-        return run.choices[key]
-    value: Any = run.config
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return _ABSENT
-        value = value[part]
-    return value
 
 
 def _same(left: Any, right: Scalar) -> bool:
@@ -287,12 +337,3 @@ def _name(row: RowSpec) -> str:
 
 def _has_groups(table: Table) -> bool:
     return any(row.spec.group for row in table.rows)
-
-
-def _line(row: Sequence[str]) -> str:
-    return f"| {' | '.join(_plain(text) for text in row)} |"
-
-
-def _plain(text: str) -> str:
-    """Return the text on one line, safe inside a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
