@@ -111,7 +111,7 @@ def test_a_target_that_matches_no_layer_is_refused_with_the_layers_there_are(mod
         ({"lora_alpha": 0}, "lora.lora_alpha=0: must be a number above 0"),
         ({"lora_dropout": 1}, r"lora.lora_dropout=1: must lie in \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora.lora_dropout=-0.1"),
-        ({"kasa_config": {}}, r"lora.kasa_config=\{\}: KaSA is not supported"),
+        ({"kasa_config": {}}, r"lora.kasa_config=\{\}: take lora=kasa"),
         ({"target_modules": []}, r"lora.target_modules=\[\]: must name at least one layer"),
     ],
 )

@@ -1,8 +1,9 @@
 """An adapter for the untouched base, which plain PEFT loads, of whatever was trained.
 
 PiSSA, OLoRA, CorDA and LoRA-GA take what their branch holds at the start, `s B0 A0`, out of the
-base. On the untouched base the trained student is the branch `s (B A - B0 A0)`: a plain LoRA of
-twice the rank, with `A` over `A0` and `B` beside `-B0`. That is why the start is kept.
+base, KaSA what is smallest in it. On the untouched base the trained student is the branch
+`s (B A - B0 A0)`: a plain LoRA of twice the rank, with `A` over `A0` and `B` beside `-B0`. That is
+why the start is kept.
 """
 
 import copy
@@ -13,8 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from neo.models.kasa import fold_singular_values
 from neo.models.moslora import fold_moslora, is_moslora
-from neo.models.start import changes_the_base, config_of, needs_rows, start_of
+from neo.models.start import changes_the_base, config_of, is_kasa, needs_rows, start_of
 
 _A_OR_B = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
@@ -40,7 +42,7 @@ def plain_adapter(student: PeftModel) -> Plain:
     """
     config = config_of(student)
     if changes_the_base(config):
-        name = str(config.init_lora_weights)
+        name = "KaSA" if is_kasa(config) else str(config.init_lora_weights)
         return Plain(*_without_start(student), f"{name}, converted to plain LoRA of rank 2r")
     if is_moslora(student):
         return Plain(*fold_moslora(student), "MoSLoRA, folded into plain LoRA (B W times A)")
@@ -62,7 +64,8 @@ def _without_start(student: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
     start = start_of(student)
     assert start is not None
     state = {}
-    for name, value in get_peft_model_state_dict(student, save_embedding_layers=False).items():
+    trained = get_peft_model_state_dict(student, save_embedding_layers=False)
+    for name, value in fold_singular_values(trained).items():
         found = _A_OR_B.search(name)
         if found is None:
             state[name] = value
@@ -80,5 +83,5 @@ def _without_start(student: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
         key: cast(int, alpha * factor) for key, alpha in (config.alpha_pattern or {}).items()
     }
     config.init_lora_weights, config.inference_mode = True, True
-    config.corda_config = config.lora_ga_config = None
+    config.corda_config = config.lora_ga_config = config.kasa_config = None
     return state, config

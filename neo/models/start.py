@@ -1,8 +1,8 @@
 """What a branch begins with where that is computed: of the base's weights, or of training rows.
 
 PiSSA, OLoRA, CorDA and LoRA-GA take what their branch holds at the start, `s B0 A0`, out of the
-base; EVA leaves the base as it is. A start is computed once and kept: a run that goes on, and every
-process but the first, take it as it is.
+base; KaSA takes out of it what its branch does not hold; EVA leaves it as it is. A start is
+computed once and kept: a run that goes on, and every process but the first, take it as it is.
 """
 
 import copy
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neo.models.calibration import Calibration, corda_branch, eva_branch, lora_ga_branch
+from neo.models.kasa import base_left_whole, smallest_directions
 from neo.models.variants import Variant
 
 # PEFT's values of init_lora_weights, by how they begin.
@@ -35,7 +36,8 @@ class Start(NamedTuple):
     """A computed start, of plain types that a checkpoint can hold.
 
     Args:
-        tensors: A and B as attached, on the CPU, named as PEFT stores them.
+        tensors: A and B as attached, on the CPU, named as PEFT stores them. Where the base is
+            changed it is less `s B A` of these; in KaSA the branch itself begins otherwise.
         keys: PEFT's keys that were decided with them.
     """
 
@@ -44,8 +46,13 @@ class Start(NamedTuple):
 
 
 def changes_the_base(config: LoraConfig | None) -> bool:
-    """Whether attaching the branch takes its start out of the base's weights."""
-    return _init(config).startswith(CHANGE_THE_BASE)
+    """Whether attaching the branch takes something out of the base's weights."""
+    return _init(config).startswith(CHANGE_THE_BASE) or is_kasa(config)
+
+
+def is_kasa(config: LoraConfig | None) -> bool:
+    """Whether the branch is KaSA's."""
+    return getattr(config, "kasa_config", None) is not None
 
 
 def needs_rows(config: LoraConfig | None) -> bool:
@@ -118,8 +125,10 @@ def _attach(
         return variant.attach(base)
     in_place = _init(config) == "olora"  # where PEFT 0.21 overwrites a float32 base
     whole = {p: p.data.clone() if in_place else p.data for p in base.parameters()}
-    if start is not None:
+    if start is not None or is_kasa(config):
         student = _attach_again(base, variant, start)
+        if start is None:
+            _check_branch(student)
     elif needs_rows(config):
         if calibration is None:
             raise ValueError(
@@ -130,10 +139,12 @@ def _attach(
     else:
         student = variant.attach(base)
         _check_branch(student)
+    if start is None:
+        start = _keep(student)
+    _check_finite(start, config_of(student))
     if changes_the_base(config):
-        _take_out_start(student, whole)
-    _check_finite(student)
-    cast(Any, student).start = _keep(student)
+        _take_out_start(student, whole, start.tensors)
+    cast(Any, student).start = start
     return student
 
 
@@ -162,15 +173,16 @@ def _with_targets(base: PreTrainedModel, variant: Variant) -> Variant:
 
 def _keep(student: nn.Module) -> Start:
     config = config_of(student)
+    keys = {key: _plain(getattr(config, key)) for key in DECIDED}
+    if is_kasa(config):
+        return Start(smallest_directions(student), keys)
     state = get_peft_model_state_dict(cast(PeftModel, student), save_embedding_layers=False)
-    return Start(
-        tensors={
-            name: value.detach().cpu().clone()
-            for name, value in state.items()
-            if ".lora_" in name and "magnitude" not in name
-        },
-        keys={key: _plain(getattr(config, key)) for key in DECIDED},
-    )
+    tensors = {
+        name: value.detach().cpu().clone()
+        for name, value in state.items()
+        if ".lora_" in name and "magnitude" not in name
+    }
+    return Start(tensors, keys)
 
 
 def _plain(value: Any) -> Any:
@@ -179,27 +191,32 @@ def _plain(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _attach_again(base: PreTrainedModel, variant: Variant, start: Start) -> nn.Module:
-    """The branch with the start it had; the base is as it was."""
+def _attach_again(base: PreTrainedModel, variant: Variant, start: Start | None) -> nn.Module:
+    """The branch with the start it had, or as KaSA's is drawn; the base is as it was."""
     adapter = copy.copy(variant.adapter)
-    for key, value in start.keys.items():
+    for key, value in ({} if start is None else start.keys).items():
         setattr(adapter, key, copy.deepcopy(value))
-    student = _drawn(base, dataclasses.replace(variant, adapter=adapter))
-    set_peft_model_state_dict(cast(PeftModel, student), start.tensors)
+    with base_left_whole():
+        student = _drawn(base, dataclasses.replace(variant, adapter=adapter))
+    if start is not None and not is_kasa(variant.adapter):
+        set_peft_model_state_dict(cast(PeftModel, student), start.tensors)
     return student
 
 
 @torch.no_grad()
-def _take_out_start(student: nn.Module, whole: Mapping[nn.Parameter, Tensor]) -> None:
+def _take_out_start(
+    student: nn.Module, whole: Mapping[nn.Parameter, Tensor], start: Mapping[str, Tensor]
+) -> None:
     """Makes each base weight what is left of it, given what it was, in one arithmetic for all.
 
     PEFT 0.21 takes A and B out of a base in half precision before it rounds them to that precision:
     the base would lack what the branch does not have.
     """
-    for layer in _lora_layers(student).values():
+    for path, layer in _lora_layers(student).items():
         weight = layer.get_base_layer().weight
-        for name, down in layer.lora_A.items():
-            taken = layer.scaling[name] * layer.lora_B[name].weight @ down.weight
+        for name in layer.lora_A:  # none on an embedding
+            down, up = (start[f"{path}.lora_{ab}.weight"].to(weight.device) for ab in "AB")
+            taken = layer.scaling[name] * up @ down
             taken = taken.T if layer.fan_in_fan_out else taken
             weight.data = (whole[weight].float() - taken).to(weight.dtype)
 
@@ -210,45 +227,49 @@ def _lora_layers(student: nn.Module) -> dict[str, Any]:
 
 def _check_branch(student: nn.Module) -> None:
     """What PEFT would do to a branch with a computed start, without saying so or too late."""
-    config, name = config_of(student), _init(config_of(student))
+    config = config_of(student)
+    init, name = (
+        _init(config),
+        "kasa_config" if is_kasa(config) else f"init_lora_weights={_init(config)}",
+    )
     if config.target_parameters:
         raise ValueError(
             f"lora.target_parameters={sorted(config.target_parameters)}: with "
-            f"init_lora_weights={name} only target_modules can be exported"
+            f"{name} only target_modules can be exported"
         )
     for path, layer in _lora_layers(student).items():
         place = path.removeprefix("base_model.model.")
         is_embedding = bool(layer.lora_embedding_A)  # which begins as in LoRA under PiSSA, OLoRA
         if not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
-            if is_embedding and not needs_rows(config):
+            if is_embedding and not needs_rows(config) and not is_kasa(config):
                 continue
             raise ValueError(
-                f"lora.target_modules: {place} is no linear layer, and "
-                f"init_lora_weights={name} is for those alone"
+                f"lora.target_modules: {place} is no linear layer, and {name} is for those alone"
             )
         width, rows = layer.in_features, layer.out_features
         most, why = min(width, rows), f"is a layer of rank {min(width, rows)}"
-        if name == "eva":
+        if init == "eva":
             rho = cast(Any, config.eva_config).rho
             most, why = int(width / rho), f"has inputs of {width} numbers, eva_config.rho is {rho}"
-        elif name == "lora_ga":
+        elif init == "lora_ga":
             most, why = most // 2, f"{why} and A and B take r directions each"
+        elif is_kasa(config):
+            most, why = most - 1, f"{why}, of which one at least stays"
         r = max(layer.r.values())
         if r > most:
             raise ValueError(
-                f"lora.r={r}: {place} {why}, and init_lora_weights={name} takes its directions "
-                f"from the layer; use at most {most} (lora.rank_pattern for this layer alone)"
+                f"lora.r={r}: {place} {why}, and {name} takes its directions from the layer; use "
+                f"at most {most} (lora.rank_pattern for this layer alone)"
             )
 
 
-def _check_finite(student: nn.Module) -> None:
-    for path, layer in _lora_layers(student).items():
-        for module in (*layer.lora_A.values(), *layer.lora_B.values()):
-            if not module.weight.isfinite().all():
-                raise ValueError(
-                    f"lora.init_lora_weights={_init(config_of(student))}: the start computed for "
-                    f"{path.removeprefix('base_model.model.')} is not finite"
-                )
+def _check_finite(start: Start, config: LoraConfig) -> None:
+    for name, value in start.tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"lora.init_lora_weights={_init(config)}: the start computed for {name} is not "
+                "finite"
+            )
 
 
 def _init(config: LoraConfig | None) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
+from jaxtyping import Float
+from peft import EvaConfig, KasaConfig, LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from neo.models.kasa import kasa_penalty, kasa_problems
 from neo.models.lora_fa import freeze_a, lora_fa_problems
 from neo.models.moslora import MoSLoRAConfig, moslora_problems
 
@@ -23,11 +25,13 @@ class Variant:
         adapter: PEFT's keys of the branch.
         finish: Done to the model once the branch is attached.
         calibration_rows: Training rows that the branch's start is computed from, at least.
+        penalty: Added to the loss of every optimizer step; of the model with its branch.
     """
 
     adapter: LoraConfig | None
     finish: Callable[[nn.Module], nn.Module] | None = None
     calibration_rows: int = 0
+    penalty: Callable[[nn.Module], Float[Tensor, ""]] | None = None
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         """The model with what is to be trained, and nothing else, requiring gradients.
@@ -154,6 +158,22 @@ def lora_fa(**keys: Any) -> Variant:
 lora_fa.passes_keys_to = LoraConfig  # type: ignore[attr-defined]
 
 
+def kasa(*, kasa_config: dict[str, Any] | None = None, **keys: Any) -> Variant:
+    """KaSA's branch, base and penalties; the keys are LoRA's, and those of PEFT's `KasaConfig`.
+
+    Raises:
+        ValueError: As for `lora`; or a key that cannot go together with KaSA.
+    """
+    given = kasa_config or {}
+    settings = _problems_of_settings("kasa_config", given, KasaConfig)
+    _refuse([*_problems(keys), *kasa_problems(keys), *settings])
+    keys |= {"task_type": "CAUSAL_LM", "kasa_config": KasaConfig(**given)}
+    return Variant(LoraConfig(**keys), penalty=kasa_penalty)
+
+
+kasa.passes_keys_to = LoraConfig  # type: ignore[attr-defined]
+
+
 def none() -> Variant:
     """No branch: all weights of the student are trained."""
     return Variant(None)
@@ -209,10 +229,7 @@ def _problems(keys: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora.lora_dropout={dropout!r}: must lie in [0, 1)")
     if targets is not None and not targets:
         problems.append("lora.target_modules=[]: must name at least one layer, or be all-linear")
-    if keys.get("kasa_config") is not None:
-        problems.append(
-            f"lora.kasa_config={keys['kasa_config']!r}: KaSA is not supported; attaching it cuts "
-            "the r smallest singular directions out of the base, and the two penalties that it "
-            "is trained with are not in the loss"
-        )
+    if keys.get("kasa_config") is not None:  # where it is a key, it is a parameter of its own
+        given = keys["kasa_config"]
+        problems.append(f"lora.kasa_config={given!r}: take lora=kasa, which has its penalties, too")
     return problems

@@ -63,6 +63,7 @@ class NeoModule(L.LightningModule):
         self.loss, self.optim, self.vocab, self.seed = loss, optim, vocab, seed
         self.strict_loading = False
         self.built = False
+        self.penalty: Tensor | None = None  # of the last step
         self.num_tokens = torch.tensor(0)  # supervised, trained on by all ranks; on the device
         self.rows_in_epoch = 0
         self.rows_in_step = 0
@@ -170,10 +171,21 @@ class NeoModule(L.LightningModule):
         undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, undo / tokens.clamp(min=1))
+        if (penalty := self.specs[2].penalty) is not None:
+            self._add_gradient(penalty(self.student))
         lr = self.optim.set_rates(optimizer, self.progress())
         self.num_tokens = self.num_tokens.to(tokens.device) + tokens
         if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             self._log_step(sums, tokens, gradients, lr)
+
+    def _add_gradient(self, penalty: Float[Tensor, ""]) -> None:
+        """Adds the gradient of what depends on no row, once per optimizer step."""
+        weights = [p for p in self.student.parameters() if p.grad is not None]
+        found = torch.autograd.grad(penalty, weights, allow_unused=True)
+        for weight, gradient in zip(weights, found, strict=True):
+            if gradient is not None:
+                cast(Tensor, weight.grad).add_(gradient)
+        self.penalty = penalty.detach()
 
     def _log_step(
         self, sums: TokenSums, tokens: Tensor, gradients: list[Tensor], lr: float
@@ -184,6 +196,8 @@ class NeoModule(L.LightningModule):
             for name in ("loss", "ce", "kd", "student_entropy", "teacher_target")
             if (value := getattr(sums, name)) is not None
         }
+        if self.penalty is not None:
+            means["train/penalty"] = self.penalty
         norm = nn.utils.get_total_norm(gradients)
         seen = self.num_tokens.float()
         self.log_dict(means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": seen})
