@@ -67,6 +67,14 @@ def test_they_are_the_same_however_many_processes_train(tmp_path, monkeypatch):
         assert torch.equal(one.input_ids, other.input_ids)
 
 
+def test_they_are_read_on_the_cpu_whatever_the_default_device(tmp_path):
+    data = opened(tmp_path, batch_size=4)
+    with torch.device("meta"):
+        batches = first_batches(data, 10)
+    assert all(batch.input_ids.device.type == "cpu" for batch in batches)
+    assert all(batch.num_supervised > 0 for batch in batches)
+
+
 @pytest.mark.parametrize("with_teacher", [True, False])
 @pytest.mark.parametrize("positions", ["aligned", "release"])
 def test_the_gradient_is_that_of_the_whole_loss_over_all_rows(

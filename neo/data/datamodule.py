@@ -291,10 +291,12 @@ class DataModule(L.LightningDataModule):
 def first_batches(data: DataModule, num_rows: int) -> list[Batch]:
     """The first training batches until they hold so many rows, or there are no more, as `peek`."""
     batches: list[Batch] = []
-    for batch in _aside(data):
-        batches.append(batch)
-        if sum(b.num_rows for b in batches) >= num_rows:
-            break
+    # Lightning makes the GPU the default device while models are built; rows are read on the CPU.
+    with torch.device("cpu"):
+        for batch in _aside(data):
+            batches.append(batch)
+            if sum(b.num_rows for b in batches) >= num_rows:
+                break
     return batches
 
 

@@ -122,6 +122,7 @@ def corda_branch(base: PreTrainedModel, variant: Variant, calibration: Calibrati
     """CorDA (Yang et al. 2024, arXiv:2406.05223): directions of weight times covariance of inputs.
 
     All tokens are counted that the loss depends on, one sequence at a time as PEFT expects them.
+    Afterwards the base is in eval mode.
     """
 
     def run() -> None:
@@ -132,9 +133,7 @@ def corda_branch(base: PreTrainedModel, variant: Variant, calibration: Calibrati
                 if needed.any():
                     hidden_states(base, ids[needed][None], positions[needed][None])
 
-    was_training = base.training
     preprocess_corda(base, cast(LoraConfig, variant.adapter), run)
-    base.train(was_training)
     return variant.attach(base)
 
 
