@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
-from lab import calibration
+from lab import calibration, tokenizer
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -15,7 +16,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from neo.models.calibration import Calibration
 from neo.models.causal_lm import CausalLM
 from neo.models.start import start_of
-from neo.models.student import build_meta_student, build_student, logits_on
+from neo.models.student import build_meta_student, build_student, logits_on, save_student
 from neo.models.variants import calibrated, lora
 
 CPU = torch.device("cpu")
@@ -279,6 +280,15 @@ def test_a_start_that_was_kept_needs_no_rows(student_dir, init, monkeypatch):
     ):
         assert name == other
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_saved_it_is_an_adapter_like_any_other(student_dir, tmp_path, init):
+    save_student(student_of(student_dir, init), tokenizer(), tmp_path)
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True
+    for key in ("eva_config", "corda_config", "lora_ga_config"):
+        assert saved[key] is None
 
 
 @pytest.mark.parametrize("init", INITS)
