@@ -63,6 +63,14 @@ def test_base_and_branch_are_pefts_own(student_dir):
         assert torch.equal(layer.lora_diag["default"], other.lora_diag["default"])
 
 
+def test_its_branch_is_drawn_as_asked(student_dir):
+    gaussian = layers(student_of(student_dir, init_lora_weights="gaussian"))
+    for name, layer in layers(student_of(student_dir)).items():
+        uniform, normal = (each.lora_A["default"].weight for each in (layer, gaussian[name]))
+        assert uniform.abs().max() <= layer.in_features**-0.5  # Kaiming's bound
+        assert normal.abs().max() > layer.in_features**-0.5
+
+
 def test_pefts_own_way_of_cutting_is_as_it_was_afterwards():
     cut = KasaLinearVariant._truncate_base_weight
     with suppress(RuntimeError), base_left_whole():

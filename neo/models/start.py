@@ -151,7 +151,8 @@ def _attach(
 def _drawn(model: PreTrainedModel, variant: Variant) -> nn.Module:
     assert variant.adapter is not None
     adapter = copy.copy(variant.adapter)
-    adapter.init_lora_weights = True
+    if not is_kasa(adapter):  # whose branch is drawn as it says
+        adapter.init_lora_weights = True
     student = dataclasses.replace(variant, adapter=adapter).attach(model)
     config_of(student).init_lora_weights = variant.adapter.init_lora_weights
     return student
