@@ -224,8 +224,9 @@ class Run:
         step = start = None
         if resuming:
             held = torch.load(checkpoint, weights_only=True, map_location="cpu")
-            step, kept = held["global_step"], held["neo"].get("start")
+            step, kept = held["global_step"], held["neo"]["start"]
             start = None if kept is None else Start(**kept)
+            del held  # Lightning loads the weights and moments itself
             console.print(f"going on from step {step} of {checkpoint}")
         module = NeoModule(
             **{key: self.specs[key] for key in ("student", "teacher", "lora", "loss", "optim")},

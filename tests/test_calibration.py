@@ -267,6 +267,26 @@ def test_ranks_move_between_layers_with_rho_above_one_and_are_kept_with_the_star
             assert torch.equal(ours, first)
 
 
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+@pytest.mark.parametrize("init", INITS)
+def test_on_a_base_in_half_precision_the_branch_trains_in_float32(student_dir, init, rho):
+    keys = {"eva_config": {"rho": rho}} if init == "eva" else {}
+    spec = CausalLM(path=str(student_dir), dtype="bfloat16")
+    student = build_student(spec, variant(init, **keys), CPU, 0, calibration=calibration(16))
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_batches_with_too_few_tokens_for_eva_are_left_out(student_dir):
+    data, few = calibration(), calibration(length=2).batches
+    assert max(int(batch.supervised.sum()) for batch in few) < 4
+    some = Calibration([*few, *data.batches], data.backward)
+    expected, actual = (
+        start_of(student_of(student_dir, "eva", each)).tensors for each in (data, some)
+    )
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value)
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_a_start_that_was_kept_needs_no_rows(student_dir, init, monkeypatch):
     first = student_of(student_dir, init, target_modules="all-linear")
@@ -304,6 +324,7 @@ def test_without_rows_it_is_refused(student_dir, init):
         ("lora_ga", {"r": 9}, "lora.r=9: .*k_proj is a layer of rank 16 and A and B.* at most 8"),
         ("eva", {"r": 20, "eva_config": {"rho": 2.0}},
          "lora.r=20: .*_proj has inputs of 32 numbers, eva_config.rho is 2.0.* at most 16"),
+        ("eva", {"target_modules": ["q_proj", "lm_head"]}, "lm_head lies outside the backbone"),
         ("eva", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is no linear layer"),
         ("lora_ga", {"target_modules": ["embed_tokens"]}, "embed_tokens is no linear layer"),
     ],
@@ -315,7 +336,9 @@ def test_a_branch_that_does_not_fit_is_refused_on_the_meta_device(student_dir, i
 
 def test_eva_is_refused_where_a_batch_has_fewer_tokens_than_directions(student_dir):
     few = calibration(length=4)  # of 4 tokens in a row, one is supervised
-    with pytest.raises(ValueError, match=r"has 4 supervised tokens, and 8 directions .*batch_size"):
+    with pytest.raises(
+        ValueError, match=r"more than 4 supervised tokens, and 8 directions .*_size"
+    ):
         student_of(student_dir, "eva", few, eva_config={"rho": 2.0})
     student_of(student_dir, "eva", few, eva_config={"rho": 2.0, "use_label_mask": False})
 
@@ -343,6 +366,10 @@ def test_lora_ga_is_refused_where_a_layer_gets_no_gradient(student_dir):
         ({"calibration_rows": 0}, "lora.calibration_rows=0: must be at least 1"),
         ({"eva_config": {"rhoo": 1}}, "lora.eva_config.rhoo: no such key; it takes rho, tau"),
         ({"eva_config": {"rho": 0.5}}, "lora.eva_config={'rho': 0.5}: `rho` must be"),
+        ({"eva_config": {"label_mask_value": 0}}, "lora.eva_config.label_mask_value: no such key"),
+        ({"init_lora_weights": "lora_ga", "lora_ga_config": {"stable_gamma": 0}},
+         "lora.lora_ga_config.stable_gamma=0: must be above 0"),
+        ({"eva_config": 5}, "lora.eva_config=5: must be a mapping"),
         ({"corda_config": {}}, "lora.corda_config: is not a key of init_lora_weights=eva"),
         ({"init_lora_weights": "corda", "corda_config": {"cache_file": "x"}},
          "lora.corda_config.cache_file: no such key; it takes corda_method"),

@@ -116,6 +116,11 @@ def test_a_start_that_needs_the_weights_in_full_is_refused(start, on_cuda):
     assert "use true or gaussian" in problem
 
 
+def test_a_variant_that_cuts_its_base_is_refused(on_cuda):
+    (problem,) = problems("lora=kasa", "student.quantization=nf4")
+    assert problem.startswith("student.quantization='nf4': lora=kasa cuts its base")
+
+
 @pytest.mark.parametrize("start", ["true", "gaussian"])
 def test_a_start_that_is_drawn_is_not_refused(start, on_cuda):
     assert problems("lora=qlora", f"lora.init_lora_weights={start}") == []

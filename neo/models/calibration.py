@@ -56,8 +56,8 @@ class Calibration:
 
     Args:
         batches: At least one, on the device of the base.
-        backward: Adds the gradient of the mean loss over all of them to the model's weights that
-            require it, one backward pass for each batch.
+        backward: Adds the gradient of the loss, summed over all their tokens, to the model's
+            weights that require it, one backward pass for each batch.
     """
 
     batches: Sequence[CalibrationBatch]
@@ -76,16 +76,22 @@ def eva_branch(base: PreTrainedModel, variant: Variant, calibration: Calibration
     config = cast(LoraConfig, student.peft_config[student.active_adapter])
     config.init_lora_weights = "eva"
     eva = cast(Any, config.eva_config)
+
+    def tokens(batch: CalibrationBatch, _: LoraConfig) -> Bool[Tensor, "batch length"]:
+        return batch.supervised if eva.use_label_mask else batch.needed
+
     most = round(max([config.r, *config.rank_pattern.values()]) * eva.rho)
-    counted = [b.supervised if eva.use_label_mask else b.needed for b in calibration.batches]
-    if (fewest := min(int(mask.sum()) for mask in counted)) < most:
+    counted = [int(tokens(batch, config).sum()) for batch in calibration.batches]
+    # Of the others PEFT would skip some and stop at the first.
+    batches = [b for b, num in zip(calibration.batches, counted, strict=True) if num >= most]
+    if not batches:
         kind = "supervised tokens" if eva.use_label_mask else "tokens"
         raise ValueError(
-            f"lora.init_lora_weights=eva: a batch of training rows has {fewest} {kind}, and "
-            f"{most} directions (r times eva_config.rho) need as many; raise data.batch_size, or "
-            "set eva_config.use_label_mask=false to take all tokens"
+            f"lora.init_lora_weights=eva: no batch of training rows has more than {max(counted)} "
+            f"{kind}, and {most} directions (r times eva_config.rho) need as many in one; raise "
+            "data.batch_size, or set eva_config.use_label_mask=false to take all tokens"
         )
-    runs, allowed = 0, MAX_PASSES * len(calibration.batches) + 1
+    runs, allowed = 0, MAX_PASSES * len(batches) + 1
 
     def run(_: Any, batch: CalibrationBatch) -> None:
         nonlocal runs
@@ -93,13 +99,10 @@ def eva_branch(base: PreTrainedModel, variant: Variant, calibration: Calibration
         if runs > allowed:
             raise ValueError(
                 f"lora.eva_config.tau={eva.tau}: the directions of some layer still change by more "
-                f"after {MAX_PASSES} passes over {len(calibration.batches)} batches; lower tau, or "
+                f"after {MAX_PASSES} passes over {len(batches)} batches; lower tau, or "
                 "raise lora.calibration_rows"
             )
         batch.run(base)
-
-    def tokens(batch: CalibrationBatch, _: LoraConfig) -> Bool[Tensor, "batch length"]:
-        return batch.supervised if eva.use_label_mask else batch.needed
 
     def of_layer(
         states: Any, which: Bool[Tensor, "batch length"], _: str
@@ -108,13 +111,17 @@ def eva_branch(base: PreTrainedModel, variant: Variant, calibration: Calibration
 
     initialize_lora_eva_weights(
         student,
-        list(calibration.batches),
+        batches,
         forward_fn=run,
         prepare_model_inputs_fn=tokens,
         prepare_layer_inputs_fn=of_layer,
         gather_distributed_inputs=False,  # one process computes, the others are given the start
         show_progress_bar=False,
     )
+    for layer in student.modules():  # PEFT makes those of a new rank in the base's dtype
+        if isinstance(layer, LoraLayer):
+            for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                part.float()
     return student
 
 

@@ -43,7 +43,7 @@ def smallest_directions(student: nn.Module) -> dict[str, Tensor]:
                 weight = layer.get_base_layer().weight.double()
                 u, s, v = torch.linalg.svd(weight, full_matrices=False)
                 up = u[:, -r:] * s[-r:] / layer.scaling[adapter]
-                found[f"{path}.lora_A.weight"] = v[-r:].float().cpu().clone()
+                found[f"{path}.lora_A.weight"] = v[-r:].float().cpu()
                 found[f"{path}.lora_B.weight"] = up.float().cpu()
     return found
 

@@ -94,6 +94,11 @@ def _student_problems(config: Mapping[str, Any]) -> Iterator[str]:
             "lora=none trains all weights, and 4-bit weights are frozen; choose a variant, "
             "or student.quantization=null"
         )
+    if config["lora"].get("_target_") == "neo.models.variants.kasa":
+        yield (
+            "lora=kasa cuts its base, which has to be in full precision; choose another variant, "
+            "or student.quantization=null"
+        )
     start = config["lora"].get("init_lora_weights", True)
     if not isinstance(start, bool) and start != "gaussian":
         yield (

@@ -124,7 +124,10 @@ def _attach(
     if not is_computed(config):
         return variant.attach(base)
     in_place = _init(config) == "olora"  # where PEFT 0.21 overwrites a float32 base
-    whole = {p: p.data.clone() if in_place else p.data for p in base.parameters()}
+    whole = {
+        p: p.data.clone() if in_place and p.dtype == torch.float32 else p.data
+        for p in base.parameters()
+    }
     if start is not None or is_kasa(config):
         student = _attach_again(base, variant, start)
         if start is None:
@@ -229,17 +232,20 @@ def _lora_layers(student: nn.Module) -> dict[str, Any]:
 def _check_branch(student: nn.Module) -> None:
     """What PEFT would do to a branch with a computed start, without saying so or too late."""
     config = config_of(student)
-    init, name = (
-        _init(config),
-        "kasa_config" if is_kasa(config) else f"init_lora_weights={_init(config)}",
-    )
+    init, name = _init(config), _called(config)
     if config.target_parameters:
         raise ValueError(
             f"lora.target_parameters={sorted(config.target_parameters)}: with "
             f"{name} only target_modules can be exported"
         )
+    reached = set(cast(Any, student).get_base_model().get_decoder().modules())
     for path, layer in _lora_layers(student).items():
         place = path.removeprefix("base_model.model.")
+        if needs_rows(config) and layer not in reached:
+            raise ValueError(
+                f"lora.target_modules: {place} lies outside the backbone, and {name} is computed "
+                "from what goes through that"
+            )
         is_embedding = bool(layer.lora_embedding_A)  # which begins as in LoRA under PiSSA, OLoRA
         if not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             if is_embedding and not needs_rows(config) and not is_kasa(config):
@@ -267,11 +273,13 @@ def _check_branch(student: nn.Module) -> None:
 def _check_finite(start: Start, config: LoraConfig) -> None:
     for name, value in start.tensors.items():
         if not value.isfinite().all():
-            raise ValueError(
-                f"lora.init_lora_weights={_init(config)}: the start computed for {name} is not "
-                "finite"
-            )
+            raise ValueError(f"lora.{_called(config)}: the start computed for {name} is not finite")
 
 
 def _init(config: LoraConfig | None) -> str:
     return str(getattr(config, "init_lora_weights", True)).lower()
+
+
+def _called(config: LoraConfig) -> str:
+    """The key that asks for the start, as in a message."""
+    return "kasa_config" if is_kasa(config) else f"init_lora_weights={_init(config)}"

@@ -123,8 +123,10 @@ CALIBRATED: dict[str, tuple[str, Any]] = {
     "corda": ("corda_config", CordaConfig),
     "lora_ga": ("lora_ga_config", LoraGAConfig),
 }
-# Settings that are not for a run: it keeps its own start, so that PEFT need not write files.
-NO_SETTINGS = ("cache_file", "covariance_file", "prune_temporary_fields", "verbose")
+# Settings that are not for a run: it keeps its own start, and knows what is supervised.
+NO_SETTINGS = (
+    "cache_file", "covariance_file", "prune_temporary_fields", "verbose", "label_mask_value"
+)  # fmt: skip
 # Values that PEFT 0.21 has and that are not what their paper means by them.
 WRONG_IN_PEFT = {
     ("scale", "weight_svd"): "in PEFT it is computed from the gradient's singular values, too",
@@ -200,10 +202,14 @@ def _problems_of_start(keys: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _problems_of_settings(key: str, given: Mapping[str, Any], settings: Any) -> list[str]:
+def _problems_of_settings(key: str, given: Any, settings: Any) -> list[str]:
+    if not isinstance(given, Mapping):
+        return [f"lora.{key}={given!r}: must be a mapping"]
     legal = [f.name for f in fields(settings) if f.name not in NO_SETTINGS]
     if unknown := sorted(given.keys() - set(legal)):
         return [f"lora.{key}.{name}: no such key; it takes {', '.join(legal)}" for name in unknown]
+    if not given.get("stable_gamma", 1) > 0:
+        return [f"lora.{key}.stable_gamma={given['stable_gamma']!r}: must be above 0"]
     hints = get_type_hints(settings)
     for name, value in given.items():
         choices = [c for c in get_args(hints[name]) if (name, c) not in WRONG_IN_PEFT]

@@ -26,15 +26,12 @@ def calibration_of(
         spec: The loss.
         vocab: Ids that both models share.
     """
-    tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     positions = spec.kd_positions if teacher is not None else "aligned"
     spec = replace(spec, kd_ratio=spec.kd_ratio if teacher is not None else 0.0)
 
     def backward(model: PreTrainedModel) -> None:
         for batch in batches:
-            sums = batch_sums(model, teacher, batch, spec, vocab, kd_positions=positions)
-            # LoRA-GA's gradient is the mean over backward passes: a sum over all, so multiplied.
-            (sums.loss * (len(batches) / tokens)).backward()
+            batch_sums(model, teacher, batch, spec, vocab, kd_positions=positions).loss.backward()
 
     return Calibration([_tokens(batch) for batch in batches], backward)
 
