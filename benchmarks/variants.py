@@ -5,7 +5,7 @@ backward, clipping, AdamW. All variants of `conf/lora` train at one rank on the 
 turns in one process, so that drift hits all alike. LoRA has two turns in a round, with whose mean a
 variant is compared. Results go to `benchmarks/results/variants.{json,md}`.
 
-Usage: python benchmarks/variants.py [--rounds 7] [--rows 12] [--threads N]
+Usage: python benchmarks/variants.py [--rounds 9] [--rows 6] [--threads N]
 """
 
 import argparse
@@ -57,8 +57,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=12, help="of a step")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=6, help="of a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", default="variants", help="of the two files of results")
     arguments = parser.parse_args()
@@ -373,6 +373,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     batch, length = work["batch"]
     table = [HEADINGS, ["---"] * len(HEADINGS), *cells(report)]
     parts = [
+        "## The step of every variant, of lora's",
         "\n".join("| " + " | ".join(row) + " |" for row in table),
         f"A step of lora takes {1000 * lora['step_s']:.0f} ms, of which the student's part "
         "(forward and backward pass of its backbone, clipping, AdamW) is "
@@ -393,10 +394,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     same = [n for n, found in report["variants"].items() if n != "lora" and is_lora_step(found)]
     if same:
         noise = f"{', '.join(same)} multiply as lora does: how far they lie from 1 is the noise."
-        parts.insert(3, noise)
+        parts.insert(4, noise)
     if any(found["start_left_out"] for found in report["variants"].values()):
         note = "only its start is made from rows; at one rank for all layers its steps are lora's"
-        parts.insert(1, f"\\* Timed with lora's branch: {note}.")
+        parts.insert(2, f"\\* Timed with lora's branch: {note}.")
     return "\n\n".join(parts) + "\n"
 
 
