@@ -1,9 +1,11 @@
 import json
 
 import pytest
-from lab import tiny_model
+from lab import tiny_model, tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from neo.models.causal_lm import CausalLM
 
 CORPUS = [
     "user assistant system tool question answer First Second the quick brown fox jumps",
@@ -73,3 +75,20 @@ def student_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("models") / "teacher", hidden=48, seed=2)
+
+
+@pytest.fixture(scope="session")
+def llama_1b(tmp_path_factory):
+    """Llama-3.2-1B's configuration, without weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=128001,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    ).save_pretrained(folder)  # fmt: skip
+    tokenizer().save_pretrained(folder)
+    return CausalLM(path=str(folder), random_init=True)

@@ -53,6 +53,20 @@ def power_cut(step: int) -> Iterator[None]:
             yield
 
 
+def whole_and_cut(
+    student: Path, teacher: Path | None, folder: Path, *overrides: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run writes that never stops, and one that is cut off in its fourth step and goes on.
+
+    They lie in `folder/whole` and `folder/cut`.
+    """
+    assert fit(student, teacher, folder / "whole", *overrides).status == "ok"
+    with power_cut(3):
+        fit(student, teacher, folder / "cut", *overrides)
+    assert fit(student, teacher, folder / "cut", *overrides).status == "ok"
+    return trained(folder / "whole"), trained(folder / "cut")
+
+
 def history(folder: Path, name: str) -> list[float]:
     """The logged values of one metric, in order."""
     import csv

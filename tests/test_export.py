@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from fits import fit, power_cut, trained
+from fits import fit, whole_and_cut
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -190,11 +190,7 @@ def test_a_stopped_run_goes_on_from_the_same_base_and_exports_the_same_adapter(
     settings = ["method=lora", f"lora={choice}", "trainer.max_steps=4", "trainer.max_epochs=-1",
                 "data.batch_size=2", "data.packing=false", "optim.lr=0.01",
                 "checkpoint_every_n_steps=2"]  # fmt: skip
-    fit(student_dir, None, tmp_path / "whole", *settings)
-    with power_cut(3):
-        fit(student_dir, None, tmp_path / "cut", *settings)
-    fit(student_dir, None, tmp_path / "cut", *settings)
-    expected, actual = trained(tmp_path / "whole"), trained(tmp_path / "cut")
+    expected, actual = whole_and_cut(student_dir, None, tmp_path, *settings)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     probes = [load_file(tmp_path / name / PROBE)["logits"] for name in ("whole", "cut")]

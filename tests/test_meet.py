@@ -1,6 +1,5 @@
 import pytest
 from lab import tiny_model, tokenizer, write_rows
-from transformers import LlamaConfig
 
 from neo.config import ConfigError
 from neo.data.stream import FileData
@@ -32,19 +31,6 @@ def test_counts_before_loading_are_the_counts_after(student_dir, teacher_dir, tm
             assert meeting.num_trainable_parameters == sum(p.numel() for p in trained.values())
             loaded = teacher.load(torch.device("cpu"), trained=False)
             assert meeting.num_teacher_parameters == loaded.num_parameters()
-
-
-@pytest.fixture(scope="module")
-def llama_1b(tmp_path_factory):
-    """Llama-3.2-1B's shapes, without weights."""
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-        max_position_embeddings=131072,
-    ).save_pretrained(folder)  # fmt: skip
-    tokenizer().save_pretrained(folder)
-    return CausalLM(path=str(folder), random_init=True)
 
 
 @pytest.mark.parametrize(("r", "trained"), [(64, 45_088_768), (128, 90_177_536)])

@@ -3,7 +3,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from fits import fit, power_cut, trained
+from fits import whole_and_cut
 from lab import FAMILIES, compose, tiny_model
 from torch import nn
 
@@ -292,12 +292,7 @@ def test_a_stopped_run_of_qlora_ends_as_if_it_had_never_stopped(
         "lora=qlora", "teacher.quantization=nf4", "trainer.max_steps=4", "trainer.max_epochs=-1",
         "data.batch_size=2", "optim.lr=0.01", "checkpoint_every_n_steps=2", "data.packing=false",
     ]  # fmt: skip
-    record = fit(student_dir, teacher_dir, tmp_path / "whole", *settings)
-    assert record.status == "ok"
-    with power_cut(3):
-        fit(student_dir, teacher_dir, tmp_path / "cut", *settings)
-    fit(student_dir, teacher_dir, tmp_path / "cut", *settings)
-    expected, actual = trained(tmp_path / "whole"), trained(tmp_path / "cut")
+    expected, actual = whole_and_cut(student_dir, teacher_dir, tmp_path, *settings)
     assert expected.keys() == actual.keys()
     for parameter, value in expected.items():
         torch.testing.assert_close(actual[parameter], value, rtol=0, atol=0)

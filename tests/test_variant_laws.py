@@ -8,11 +8,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from fits import fit, power_cut, trained
+from fits import whole_and_cut
 from lab import calibration, compose, tokenizer, write_rows
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
-from transformers import LlamaConfig
 
 from neo.config import build, conf_dir, validate
 from neo.models import quantization
@@ -118,23 +117,6 @@ def base_logits(name, student_dir):
             r = layer.r["default"]
             weight.data = ((u[:, :-r] * s[:-r]) @ v[:-r]).float()
     return logits(base)
-
-
-@pytest.fixture(scope="module")
-def llama_1b(tmp_path_factory):
-    """Llama-3.2-1B's configuration, without weights."""
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-        max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=128001,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    ).save_pretrained(folder)  # fmt: skip
-    tokenizer().save_pretrained(folder)
-    return CausalLM(path=str(folder), random_init=True)
 
 
 def test_the_folder_holds_a_variant_with_a_branch_and_one_without():
@@ -300,11 +282,7 @@ def test_a_stopped_run_of_it_ends_as_if_it_had_never_stopped(
         "checkpoint_every_n_steps=2",
         *([] if name in WHOLE else ["lora.lora_dropout=0.1"]),
     ]  # fmt: skip
-    fit(student_dir, None, tmp_path / "whole", *settings)
-    with power_cut(3):
-        fit(student_dir, None, tmp_path / "cut", *settings)
-    fit(student_dir, None, tmp_path / "cut", *settings)
-    expected, actual = trained(tmp_path / "whole"), trained(tmp_path / "cut")
+    expected, actual = whole_and_cut(student_dir, None, tmp_path, *settings)
     assert expected.keys() == actual.keys()
     for parameter, value in expected.items():
         torch.testing.assert_close(actual[parameter], value, rtol=0, atol=0)

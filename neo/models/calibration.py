@@ -1,6 +1,5 @@
 """Starts computed from training rows, by PEFT: EVA, CorDA and LoRA-GA."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neo.models.causal_lm import hidden_states
-from neo.models.variants import Variant
+from neo.models.variants import Variant, config_of
 
 # Passes over the rows after which EVA is said not to converge; PEFT would go on for ever.
 MAX_PASSES = 100
@@ -70,11 +69,8 @@ def eva_branch(base: PreTrainedModel, variant: Variant, calibration: Calibration
     Raises:
         ValueError: A batch has fewer tokens than a layer's rank, or the directions do not settle.
     """
-    drawn = copy.copy(cast(LoraConfig, variant.adapter))
-    drawn.init_lora_weights = True  # what is drawn is overwritten; B is zero
-    student = cast(Any, replace(variant, adapter=drawn).attach(base))
-    config = cast(LoraConfig, student.peft_config[student.active_adapter])
-    config.init_lora_weights = "eva"
+    student = variant.attach_drawn(base)  # what is drawn is overwritten; B is zero
+    config = config_of(student)
     eva = cast(Any, config.eva_config)
 
     def tokens(batch: CalibrationBatch, _: LoraConfig) -> Bool[Tensor, "batch length"]:

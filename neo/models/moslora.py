@@ -153,10 +153,6 @@ def moslora_problems(keys: Mapping[str, Any]) -> list[str]:
             f"lora.init_lora_weights={start!r}: must be true or gaussian with a mixer; B has to "
             "begin at zero, or the model would change when the branch is attached"
         )
-    others = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
-    for key in sorted({*others, "fan_in_fan_out", "target_parameters"}):
-        if keys.get(key):
-            problems.append(f"lora.{key}={keys[key]!r}: does not go together with a mixer")
     return problems
 
 

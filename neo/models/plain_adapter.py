@@ -16,7 +16,8 @@ from torch import Tensor
 
 from neo.models.kasa import fold_singular_values
 from neo.models.moslora import fold_moslora, is_moslora
-from neo.models.start import changes_the_base, config_of, is_kasa, needs_rows, start_of
+from neo.models.start import changes_the_base, is_kasa, needs_rows, start_of
+from neo.models.variants import config_of
 
 _A_OR_B = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neo.models.calibration import Calibration, corda_branch, eva_branch, lora_ga_branch
 from neo.models.kasa import base_left_whole, smallest_directions
-from neo.models.variants import Variant
+from neo.models.variants import Variant, config_of
 
 # PEFT's values of init_lora_weights, by how they begin.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -103,15 +103,9 @@ def attach_without_start(model: PreTrainedModel, variant: Variant) -> nn.Module:
     """
     if not is_computed(variant.adapter):
         return variant.attach(model)
-    student = _drawn(model, variant)
+    student = variant.attach_drawn(model)
     _check_branch(student)
     return student
-
-
-def config_of(student: nn.Module) -> LoraConfig:
-    """PEFT's config of a student's branch."""
-    assert isinstance(student, PeftModel)
-    return cast(LoraConfig, student.peft_config[student.active_adapter])
 
 
 def _attach(
@@ -148,16 +142,6 @@ def _attach(
     if changes_the_base(config):
         _take_out_start(student, whole, start.tensors)
     cast(Any, student).start = start
-    return student
-
-
-def _drawn(model: PreTrainedModel, variant: Variant) -> nn.Module:
-    assert variant.adapter is not None
-    adapter = copy.copy(variant.adapter)
-    if not is_kasa(adapter):  # whose branch is drawn as it says
-        adapter.init_lora_weights = True
-    student = dataclasses.replace(variant, adapter=adapter).attach(model)
-    config_of(student).init_lora_weights = variant.adapter.init_lora_weights
     return student
 
 
@@ -201,7 +185,7 @@ def _attach_again(base: PreTrainedModel, variant: Variant, start: Start | None) 
     for key, value in ({} if start is None else start.keys).items():
         setattr(adapter, key, copy.deepcopy(value))
     with base_left_whole():
-        student = _drawn(base, dataclasses.replace(variant, adapter=adapter))
+        student = dataclasses.replace(variant, adapter=adapter).attach_drawn(base)
     if start is not None and not is_kasa(variant.adapter):
         set_peft_model_state_dict(cast(PeftModel, student), start.tensors)
     return student

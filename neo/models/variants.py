@@ -3,11 +3,11 @@
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from jaxtyping import Float
-from peft import EvaConfig, KasaConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft import EvaConfig, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -45,6 +45,20 @@ class Variant:
         student = get_peft_model(model, copy.deepcopy(self.adapter))
         return student if self.finish is None else self.finish(student)
 
+    def attach_drawn(self, model: PreTrainedModel) -> nn.Module:
+        """As `attach`, but a start that would be computed is drawn; the config names it still.
+
+        Raises:
+            ValueError: As `attach`.
+        """
+        adapter = copy.copy(self.adapter)
+        assert adapter is not None
+        if (start := adapter.init_lora_weights) not in (True, "gaussian"):
+            adapter.init_lora_weights = True
+        student = replace(self, adapter=adapter).attach(model)
+        config_of(student).init_lora_weights = start
+        return student
+
     def _check_targets(self, model: PreTrainedModel) -> None:
         assert self.adapter is not None
         targets = self.adapter.target_modules
@@ -70,6 +84,12 @@ class Variant:
                 f"lora.target_modules={missing}: match no layer; the linear layers are "
                 f"{', '.join(sorted(linear))}, or take all-linear"
             )
+
+
+def config_of(student: nn.Module) -> LoraConfig:
+    """PEFT's config of a student's branch."""
+    assert isinstance(student, PeftModel)
+    return cast(LoraConfig, student.peft_config[student.active_adapter])
 
 
 def lora(**keys: Any) -> Variant:
@@ -140,7 +160,7 @@ def moslora(**keys: Any) -> Variant:
     Raises:
         ValueError: As for `lora`; or a key that cannot go together with a mixer.
     """
-    _refuse([*_problems(keys), *moslora_problems(keys)])
+    _refuse([*_problems(keys), *moslora_problems(keys), *_clashes(keys, "a mixer")])
     return Variant(MoSLoRAConfig(**{"task_type": "CAUSAL_LM", **keys}))
 
 
@@ -168,7 +188,7 @@ def kasa(*, kasa_config: dict[str, Any] | None = None, **keys: Any) -> Variant:
     """
     given = kasa_config or {}
     settings = _problems_of_settings("kasa_config", given, KasaConfig)
-    _refuse([*_problems(keys), *kasa_problems(keys), *settings])
+    _refuse([*_problems(keys), *kasa_problems(keys), *_clashes(keys, "KaSA"), *settings])
     keys |= {"task_type": "CAUSAL_LM", "kasa_config": KasaConfig(**given)}
     return Variant(LoraConfig(**keys), penalty=kasa_penalty)
 
@@ -184,6 +204,16 @@ def none() -> Variant:
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _clashes(keys: Mapping[str, Any], what: str) -> list[str]:
+    """Keys of PEFT's own variants, and of layers that no other variant is for."""
+    others = {f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")}
+    return [
+        f"lora.{key}={keys[key]!r}: does not go together with {what}"
+        for key in sorted({*others, "fan_in_fan_out", "target_parameters"})
+        if keys.get(key)
+    ]
 
 
 def _problems_of_start(keys: Mapping[str, Any]) -> list[str]:
