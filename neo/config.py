@@ -49,6 +49,9 @@ WHERE_IT_RAN = (
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
+    "trainer.strategy",
+    "sharding",
+    "torch_compile",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )
@@ -83,6 +86,8 @@ class RunConfig:
     seed: int = 0
     eval_split: str | None = None
     checkpoint_every_n_steps: int = 500
+    sharding: str | None = None
+    torch_compile: bool = False
     dry_run: bool = False
     rerun: bool = False
 

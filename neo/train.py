@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from torch import nn
 
 from neo.config import (
     GROUPS,
@@ -43,7 +44,7 @@ from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
 from neo.models.start import Start
 from neo.models.student import inner, save_student, trained_parameters
-from neo.results.records import RunRecord, finite, provenance, write_record
+from neo.results.records import RunRecord, finite, provenance, read_record, write_record
 from neo.training.callbacks import (
     Checkpoints,
     DivergedError,
@@ -53,20 +54,33 @@ from neo.training.callbacks import (
 )
 from neo.training.consistency import check_config
 from neo.training.exact_match import exact_match
+from neo.training.launch import (
+    ProcessesFailed,
+    in_process_group,
+    is_first_process,
+    run_processes,
+    tell_launcher,
+)
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
-from neo.training.module import NeoModule
+from neo.training.module import NeoModule, whole_student
 from neo.training.peak_memory import PeakMemory
 from neo.training.run_folder import recorded_run
 from neo.training.summary import print_plan, print_result
-from neo.training.trainer import build_trainer
+from neo.training.trainer import build_trainer, num_processes
 
 # What a user's config, and what a user's data, models or machine may raise.
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
-FAILED = (ValueError, DivergedError, MisconfigurationException, torch.OutOfMemoryError)
+FAILED = (
+    ValueError,
+    DivergedError,
+    ProcessesFailed,
+    MisconfigurationException,
+    torch.OutOfMemoryError,
+)
 CHOICES = "teacher=none, lora=none or logger=csv"
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first_process())
 
 
 def main() -> None:
@@ -81,6 +95,9 @@ def main() -> None:
         _leave(error, 2)
     except FAILED as error:
         _leave(error, 1 if HydraConfig.initialized() else 2)
+    except BaseException as error:
+        tell_launcher(error)
+        raise
 
 
 def _job(composed: DictConfig) -> None:
@@ -94,7 +111,11 @@ def _job(composed: DictConfig) -> None:
 
 def _leave(error: Exception, status: int) -> NoReturn:
     """Exits with a message in place of a traceback."""
-    console.print(_explain(error), markup=False)
+    tell_launcher(error)
+    speaker = f"rank {os.environ.get('RANK')}: " if in_process_group() else ""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        speaker + _explain(error), markup=False
+    )
     sys.exit(status)
 
 
@@ -140,7 +161,19 @@ def train(composed: DictConfig) -> RunRecord | None:
     print_plan(console, config, specs, folder, meeting, data)
     if config["dry_run"]:
         return None
-    return Run(config, identity, folder, specs, meeting, data).record()
+    run = Run(config, identity, folder, specs, meeting, data)
+    if in_process_group():
+        return run.record()
+    trainer = config["trainer"]
+    if trainer.get("num_nodes", 1) > 1:
+        raise ConfigError(
+            [
+                f"trainer.num_nodes={trainer['num_nodes']}: start the command on every node, with "
+                "torchrun or srun; README, Many devices"
+            ]
+        )
+    num = num_processes(trainer)
+    return run.record() if num == 1 else run.launch(num)
 
 
 class Run:
@@ -163,18 +196,63 @@ class Run:
         self.num_tokens: int | None = None
         self.peak_gib: float | None = None
 
-    def record(self) -> RunRecord:
-        """Trains and writes the record; what stops the run is recorded, then raised."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(self.config), self.folder / "config.yaml")
-        (self.folder / "record.json").unlink(missing_ok=True)
-        began, started_at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    def launch(self, num: int) -> RunRecord:
+        """Trains in so many processes; the first of them writes the record.
+
+        Where one of them fails, or is killed, the record says so: what the first one saw may be no
+        more than that it was left alone.
+        """
+        if not HydraConfig.initialized():
+            raise ConfigError(
+                [f"trainer.devices={num}: from Python, start the processes with torchrun"]
+            )
+        self._begin()
+        try:
+            run_processes(num, list(HydraConfig.get().overrides.task))
+        except ProcessesFailed as failure:
+            written = self._written()
+            if written is not None and written.status == "interrupted":
+                sys.exit(failure.exit_code)
+            if written is None:
+                self._write("failed", str(failure))
+            elif failure.rank > 0 and written.status == "failed":
+                write_record(replace(written, error=str(failure)), self.folder)
+            raise
+        written = self._written()
+        assert written is not None
+        return written
+
+    def _written(self) -> RunRecord | None:
+        file = self.folder / "record.json"
+        return read_record(file) if file.exists() else None
+
+    def _begin(self) -> None:
+        """What a run leaves before it has done anything."""
+        self.began = time.perf_counter()
+        self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        if is_first_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(self.config), self.folder / "config.yaml")
+            (self.folder / "record.json").unlink(missing_ok=True)
+
+    def record(self) -> RunRecord | None:
+        """Trains and writes the record; what stops the run is recorded, then raised.
+
+        Of several processes the first one writes it, and the others have none.
+        """
+        self._begin()
         status, error, raised = "ok", None, None
         try:
             self._fit()
         except BaseException as exception:
             status, raised = _status_of(exception), exception
             error = f"{type(exception).__name__}: {exception}".splitlines()[0]
+        record = self._write(status, error) if is_first_process() else None
+        if raised is not None:
+            raise raised
+        return record
+
+    def _write(self, status: str, error: str | None) -> RunRecord:
         choices, overrides = _hydra_choices()
         trainer = self.__dict__.get("trainer")
         for logger in [] if trainer is None else trainer.loggers:
@@ -189,12 +267,12 @@ class Run:
             overrides=overrides,
             config=self.config,
             seed=self.config["seed"],
-            started_at=started_at,
+            started_at=self.started_at,
             metrics=finite(self.metrics),
             num_parameters=self.meeting.num_parameters,
             num_trainable_parameters=self.num_trainable_parameters,
             num_tokens=self.num_tokens,
-            seconds=round(time.perf_counter() - began, 3),
+            seconds=round(time.perf_counter() - self.began, 3),
             peak_memory_gib=self.peak_gib,
             rows=_row_counts(self.data.report),
             models={
@@ -212,8 +290,6 @@ class Run:
         )
         write_record(record, self.folder)
         print_result(console, record, self.folder)
-        if raised is not None:
-            raise raised
         return record
 
     def _fit(self) -> None:
@@ -258,14 +334,21 @@ class Run:
         if self.data.num_val_rows:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
-        if config["eval_split"]:
-            source: Any = self.data.data
-            rows = source.test_rows() if config["eval_split"] == "test" else source.val_rows()
-            self.metrics |= exact_match(
-                inner(module.student), self.meeting.tokenizer, self.data.encoder, rows
-            )
         trainer.save_checkpoint(checkpoint)
-        save_student(module.student, self.meeting.tokenizer, folder)
+        student = whole_student(module)
+        if student is not None:
+            self._finish(student)
+        trainer.strategy.barrier()  # the first process writes, and none leaves before it has
+
+    def _finish(self, student: nn.Module) -> None:
+        """Answers, and writes the trained weights."""
+        if split := self.config["eval_split"]:
+            source: Any = self.data.data
+            rows = source.test_rows() if split == "test" else source.val_rows()
+            self.metrics |= exact_match(
+                inner(student), self.meeting.tokenizer, self.data.encoder, rows
+            )
+        save_student(student, self.meeting.tokenizer, self.folder)
 
     def _trainer(self, resume_step: int | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
@@ -285,7 +368,9 @@ class Run:
             logger.log_hyperparams(config | {"choices": _hydra_choices()[0]})
             loggers.append(logger)
         no_val = {} if self.data.num_val_rows else {"limit_val_batches": 0}
-        return build_trainer(config["trainer"] | no_val, callbacks, loggers)
+        return build_trainer(
+            config["trainer"] | no_val, callbacks, loggers, sharding=config["sharding"]
+        )
 
 
 def _row_counts(report: RowReport) -> dict[str, Any]:

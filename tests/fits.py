@@ -17,24 +17,27 @@ ROWS = Path(__file__).parent / "rows"
 
 def fit(student: Path, teacher: Path | None, folder: Path, *overrides: str) -> RunRecord:
     """Trains into `folder`; rows are those of messages.jsonl unless `overrides` say otherwise."""
-    record = train(
-        compose_raw(
-            "data=jsonl",
-            f"data.path={ROWS / 'messages.jsonl'}",
-            "data.max_length=128",
-            "data.val_share=0",
-            *([] if {"method=sft", "method=kd"} & set(overrides) else ["lora.r=4"]),
-            *([] if any(o.startswith("trainer=") for o in overrides) else ["trainer=cpu"]),
-            "trainer.enable_progress_bar=false",
-            "trainer.log_every_n_steps=1",
-            f"student.path={student}",
-            f"teacher.path={teacher if teacher else 'null'}",
-            f"run_dir={folder}",
-            *overrides,
-        )
-    )
+    record = train(compose_raw(*settings(student, teacher, folder, *overrides)))
     assert record is not None
     return record
+
+
+def settings(student: Path, teacher: Path | None, folder: Path, *overrides: str) -> list[str]:
+    """The overrides of a small run, as they are typed."""
+    return [
+        "data=jsonl",
+        f"data.path={ROWS / 'messages.jsonl'}",
+        "data.max_length=128",
+        "data.val_share=0",
+        *([] if {"method=sft", "method=kd"} & set(overrides) else ["lora.r=4"]),
+        *([] if any(o.startswith("trainer=") for o in overrides) else ["trainer=cpu"]),
+        "trainer.enable_progress_bar=false",
+        "trainer.log_every_n_steps=1",
+        f"student.path={student}",
+        f"teacher.path={teacher if teacher else 'null'}",
+        f"run_dir={folder}",
+        *overrides,
+    ]
 
 
 @contextmanager

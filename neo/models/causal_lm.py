@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from neo.models.head import head_of
+from neo.models.head import gathered, head_of
 from neo.models.quantization import KINDS, four_bit, keep_layout
 
 MINI = Path(__file__).parent / "mini"
@@ -153,20 +153,27 @@ class CausalLM:
                 f"quantization={self.quantization!r}: 4-bit weights are frozen, and all weights "
                 "would be trained; use quantization=null"
             )
-        transformers_logging.disable_progress_bar()
-        dtype = torch.float32 if trained else self._dtype(device)
-        if self.random_init:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = self._fresh(self.config(), dtype=dtype).eval()
-        else:
-            model = self._with_weights(dtype, device)
+        model = self.load_weights(device, trained=trained, seed=seed)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         check_head(model)
         return model
 
-    def _with_weights(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    def load_weights(
+        self, device: torch.device, *, trained: bool, seed: int = 0, **source: Any
+    ) -> PreTrainedModel:
+        """As `load`, but the head is not looked at; `source` goes to `from_pretrained`."""
+        transformers_logging.disable_progress_bar()
+        dtype = torch.float32 if trained else self._dtype(device)
+        if self.random_init:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self._fresh(self.config(), dtype=dtype).eval()
+        return self._with_weights(dtype, device, **source)
+
+    def _with_weights(
+        self, dtype: torch.dtype, device: torch.device, **source: Any
+    ) -> PreTrainedModel:
         kind = self.quantization
         quantized = {} if kind is None else four_bit(kind, dtype, device)
         try:
@@ -177,6 +184,7 @@ class CausalLM:
                 use_safetensors=True,
                 output_loading_info=True,
                 **quantized,
+                **source,
                 **self._attention(),
                 **self._source(),
             )
@@ -259,9 +267,11 @@ def check_head(model: PreTrainedModel) -> None:
     enlarge = products.new_tensor([1.0, 100 / products.abs().max().clamp(min=1e-3).item()])
     enlarge = enlarge[:, None, None]
 
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: out * enlarge)
+    module = model.get_output_embeddings()
+    hook = module.register_forward_hook(lambda _, __, out: out * enlarge)
     try:
-        forward = model(input_ids=input_ids, position_ids=positions, use_cache=False)
+        with gathered(module):
+            forward = model(input_ids=input_ids, position_ids=positions, use_cache=False)
     finally:
         hook.remove()
     expected = forward.logits.float()

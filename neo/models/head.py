@@ -1,13 +1,17 @@
 """The output head of a causal LM: its weight, bias and LoRA branch, and what follows them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from jaxtyping import Float
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 # What a model may do to the products of its head before it calls them logits, by the key of its
@@ -31,17 +35,17 @@ class LoraBranch:
 
     Args:
         dropout: Of the hidden states, in the branch alone.
-        down: A, without bias.
+        down: A.
         up: B times LoRA's scaling.
     """
 
     dropout: nn.Module
-    down: nn.Linear
+    down: Float[Tensor, "r d"]
     up: Float[Tensor, "rows r"]
 
     def states(self, hidden: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens r"]:
         """What `up` is multiplied with, in the dtype of the branch, as PEFT computes it."""
-        return self.down(self.dropout(hidden.to(self.down.weight.dtype)))
+        return nn.functional.linear(self.dropout(hidden.to(self.down.dtype)), self.down)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +82,9 @@ class OutputHead:
 def head_of(model: PreTrainedModel) -> OutputHead:
     """The model's output embedding, in the parts whose gradients can be computed in chunks.
 
+    Where the model is split over processes, all of them must call: each gets the whole head, whose
+    gradient goes back as the mean over the processes.
+
     Raises:
         ValueError: It is neither a plain linear layer, nor one with a plain LoRA branch, nor a
             trained copy of one.
@@ -104,13 +111,56 @@ def head_of(model: PreTrainedModel) -> OutputHead:
         problem = f"is a {type(module).__module__}.{type(module).__qualname__}; {LEGAL}"
     if problem is not None:
         raise ValueError(f"the head of {type(model).__name__} {problem}")
+    weight = module.weight
+    if getattr(model, "head_is_embedding", False):  # and gathered, or not, with the backbone
+        weight = model.get_input_embeddings().weight
     return OutputHead(
-        weight=module.weight,
-        bias=module.bias,
+        weight=whole(weight),
+        bias=None if module.bias is None else whole(module.bias),
         lora=lora,
         logit_scale=_scale(model),
         softcap=_softcap(model),
     )
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight, gathered from the processes it is split over, if it is."""
+    return _Whole.apply(weight) if isinstance(weight, DTensor) else weight
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it a module that is split over processes can be called; all of them must enter."""
+    split = [
+        (owner, name, weight)
+        for owner in module.modules()
+        for name, weight in owner._parameters.items()
+        if isinstance(weight, DTensor)
+    ]
+    for owner, name, weight in split:
+        full = whole(cast(Tensor, weight).detach())
+        owner._parameters[name] = nn.Parameter(full, requires_grad=False)
+    try:
+        yield
+    finally:
+        for owner, name, weight in split:
+            owner._parameters[name] = weight
+
+
+class _Whole(torch.autograd.Function):
+    """Gathers a weight; its gradient is the mean of those of the processes, as FSDP's is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: DTensor) -> Tensor:
+        ctx.mesh, ctx.placements = weight.device_mesh, weight.placements
+        return weight.full_tensor()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> DTensor:
+        mean = gradient / ctx.mesh.size()
+        partial = DTensor.from_local(mean, ctx.mesh, [Partial()], run_check=False)
+        return partial.redistribute(placements=ctx.placements)
 
 
 def _branch_on_tied(model: PreTrainedModel, head: Any) -> bool:
@@ -131,8 +181,8 @@ def _branch(module: LoraLinear) -> LoraBranch:
     (adapter,) = _adapters(module)
     return LoraBranch(
         dropout=module.lora_dropout[adapter],
-        down=module.lora_A[adapter],
-        up=module.lora_B[adapter].weight * module.scaling[adapter],
+        down=whole(module.lora_A[adapter].weight),
+        up=whole(module.lora_B[adapter].weight) * module.scaling[adapter],
     )
 
 

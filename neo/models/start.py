@@ -7,13 +7,15 @@ computed once and kept: a run that goes on, and every process but the first, tak
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -93,6 +95,32 @@ def attach_branch(
         torch.manual_seed(seed)
         student = _attach(base, variant, start, calibration)
     return student.train()
+
+
+def attach_known(
+    base: PreTrainedModel, variant: Variant, seed: int, start: Start | None
+) -> nn.Module:
+    """As `attach_branch`, but nothing is taken out of the base: `take_out` does that later.
+
+    The base's weights need not be there yet. A branch that begins as drawn has no start.
+    """
+    assert variant.adapter is not None
+    assert (start is None) is not is_computed(variant.adapter)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = variant.attach(base) if start is None else _attach_again(base, variant, start)
+    cast(Any, student).start = start
+    return student
+
+
+@torch.no_grad()
+def take_out(student: nn.Module, start: Start, split: Callable[[Tensor], DTensor]) -> None:
+    """Takes the start out of a base that is split over processes, one layer at a time."""
+    if not changes_the_base(config_of(student)):
+        return
+    for weight, taken in _taken(student, start.tensors):
+        part, less = cast(DTensor, weight.data).to_local(), split(taken).to_local()
+        part.copy_((part.float() - less).to(part.dtype))
 
 
 def attach_without_start(model: PreTrainedModel, variant: Variant) -> nn.Module:
@@ -200,13 +228,20 @@ def _take_out_start(
     PEFT 0.21 takes A and B out of a base in half precision before it rounds them to that precision:
     the base would lack what the branch does not have.
     """
+    for weight, taken in _taken(student, start):
+        weight.data = (whole[weight].float() - taken).to(weight.dtype)
+
+
+def _taken(
+    student: nn.Module, start: Mapping[str, Tensor]
+) -> Iterator[tuple[nn.Parameter, Float[Tensor, "out in"]]]:
+    """Each weight of the base with what the start takes out of it."""
     for path, layer in _lora_layers(student).items():
         weight = layer.get_base_layer().weight
         for name in layer.lora_A:  # none on an embedding
             down, up = (start[f"{path}.lora_{ab}.weight"].to(weight.device) for ab in "AB")
             taken = layer.scaling[name] * up @ down
-            taken = taken.T if layer.fan_in_fan_out else taken
-            weight.data = (whole[weight].float() - taken).to(weight.dtype)
+            yield weight, taken.T if layer.fan_in_fan_out else taken
 
 
 def _lora_layers(student: nn.Module) -> dict[str, Any]:

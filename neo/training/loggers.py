@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from neo.results.metrics import METRICS
+from neo.training.launch import is_first_process
 
 
 def none() -> None:
@@ -89,11 +90,15 @@ class MetricsFile(Logger):
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = run_dir / "metrics.csv"
+        if is_first_process():
+            self._begin(resume_step)
+
+    def _begin(self, resume_step: int | None) -> None:
         kept: list[dict[str, str]] = []
         if resume_step is not None and self.path.exists():
             with self.path.open(newline="") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) < resume_step]
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()

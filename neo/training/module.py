@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from neo.data.datamodule import first_batches
@@ -14,14 +15,16 @@ from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
 from neo.models.calibration import Calibration
 from neo.models.causal_lm import CausalLM, check_packing
+from neo.models.sharding import is_sharded, reshard, sharded_student
 from neo.models.start import Start, attach_branch, is_computed, needs_rows, start_of
-from neo.models.student import inner, trained_parameters
+from neo.models.student import build_student, inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
 from neo.training.calibrate import calibration_of
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.optim import AdamW
 from neo.training.peak_memory import PeakMemory
+from neo.training.strategies import local
 from neo.training.token_loss import batch_sums
 
 
@@ -75,12 +78,20 @@ class NeoModule(L.LightningModule):
         if self.built:
             return
         student, teacher, lora = self.specs
-        device = self.trainer.strategy.root_device if self._trainer else torch.device("cpu")
-        base = student.load(device, trained=lora.adapter is None, seed=self.seed)
-        self.teacher = teacher.load_frozen(device) if teacher is not None else None
+        strategy: Any = self.trainer.strategy if self._trainer else None
+        device = strategy.root_device if strategy else torch.device("cpu")
+        split = getattr(strategy, "split_student", False)
+        base = None if split else student.load(device, trained=lora.adapter is None, seed=self.seed)
+        self.teacher = None
+        if teacher is not None:
+            mesh = strategy.mesh if getattr(strategy, "split_teacher", False) else None
+            self.teacher = teacher.load_frozen(device, mesh)
         began = time.perf_counter()
         with self.memory.part() as measured:
-            self.student = self._attached(base, lora, device)
+            if base is None:
+                self.student = self._split_student(strategy)
+            else:
+                self.student = self._attached(base, lora, device)
         self.init_metrics["perf/init_s"] = time.perf_counter() - began
         if "gib" in measured:
             self.init_metrics["perf/init_peak_mem_gib"] = measured["gib"]
@@ -97,6 +108,34 @@ class NeoModule(L.LightningModule):
                     check_packing(model)
                 speed_up_frozen(model.get_decoder())
         self.built = True
+
+    def _split_student(self, strategy: Any) -> nn.Module:
+        """The student, split over the processes; a start is computed by the first of them.
+
+        For that it holds the base whole, in its own dtype, and the teacher, too, where the start is
+        one of the loss; both go before the parts are loaded.
+        """
+        student, _, lora = self.specs
+        start = self.start
+        if is_computed(lora.adapter) and start is None:
+            if self.trainer.is_global_zero:
+                device = strategy.root_device
+                base = student.load(device, trained=False, seed=self.seed)
+                calibration = None
+                if needs_rows(lora.adapter):
+                    calibration = self._calibration(base, lora, device)
+                start = start_of(attach_branch(base, lora, self.seed, None, calibration))
+                del base, calibration
+            start = strategy.broadcast(start)
+        mixed = self.trainer.precision == "bf16-mixed" and lora.adapter is None
+        return sharded_student(
+            student,
+            lora,
+            strategy.mesh,
+            self.seed,
+            start,
+            compute_dtype=torch.bfloat16 if mixed else None,
+        )
 
     def _attached(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
         """The base with its branch; a start is computed by the first process and given to all."""
@@ -126,7 +165,11 @@ class NeoModule(L.LightningModule):
         base.to(device)
         teacher = None
         if self.teacher is not None and self.loss.kd_ratio > 0:
-            teacher = self.teacher.to(device).model
+            # One process cannot run a teacher that is split over all.
+            whole = self.teacher
+            if is_sharded(whole.model):
+                whole = cast(OnlineTeacher, self.specs[1]).load_frozen(device)
+            teacher = whole.to(device).model
         on_device = [batch.to(device) for batch in batches]
         return calibration_of(on_device, teacher, self.loss, self.vocab)
 
@@ -134,14 +177,18 @@ class NeoModule(L.LightningModule):
         self, batch: Batch, *, with_teacher: bool, kd_positions: str = "aligned"
     ) -> TokenSums:
         """The loss of a batch, summed over its supervised tokens."""
-        return batch_sums(
-            inner(self.student),
+        student = inner(self.student)
+        sums = batch_sums(
+            student,
             self.teacher.model if with_teacher and self.teacher is not None else None,
             batch,
             self.loss,
             self.vocab,
             kd_positions=kd_positions,
         )
+        if not torch.is_grad_enabled():
+            reshard(student)
+        return sums
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """The loss as a sum over tokens; `on_before_optimizer_step` divides, once."""
@@ -170,7 +217,7 @@ class NeoModule(L.LightningModule):
         tokens = cast(Tensor, reduce(sums.tokens, reduce_op="sum"))
         undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, undo / tokens.clamp(min=1))
+        torch._foreach_mul_([local(g) for g in gradients], undo / tokens.clamp(min=1))
         if (penalty := self.specs[2].penalty) is not None:
             self._add_gradient(penalty(self.student))
         lr = self.optim.set_rates(optimizer, self.progress())
@@ -191,14 +238,18 @@ class NeoModule(L.LightningModule):
         self, sums: TokenSums, tokens: Tensor, gradients: list[Tensor], lr: float
     ) -> None:
         """Logs a step; only every so many, since a call of `log` costs as much as a small step."""
+        names = ("loss", "ce", "kd", "student_entropy", "teacher_target")
+        own = {name: value for name in names if (value := getattr(sums, name)) is not None}
+        # one exchange for all of them
+        totals = self.trainer.strategy.reduce(torch.stack(list(own.values())), reduce_op="sum")
         means = {
-            f"train/{name}": value / tokens.clamp(min=1)
-            for name in ("loss", "ce", "kd", "student_entropy", "teacher_target")
-            if (value := getattr(sums, name)) is not None
+            f"train/{name}": total / tokens.clamp(min=1)
+            for name, total in zip(own, cast(Tensor, totals), strict=True)
         }
         if self.penalty is not None:
             means["train/penalty"] = self.penalty
         norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         seen = self.num_tokens.float()
         self.log_dict(means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": seen})
 
@@ -292,3 +343,24 @@ class NeoModule(L.LightningModule):
         if (rng := getattr(self, "restored_rng", None)) is not None:
             torch.set_rng_state(rng.cpu())
             del self.restored_rng
+
+
+def whole_student(module: NeoModule) -> nn.Module | None:
+    """The trained student in the first process, None in the others; all of them must call.
+
+    One that is split is put together again around the base, whole in its own dtype on the CPU.
+    """
+    strategy: Any = module.trainer.strategy
+    if not is_sharded(inner(module.student)):
+        return module.student if strategy.is_global_zero else None
+    state = strategy.lightning_module_state_dict()
+    if not strategy.is_global_zero:
+        return None
+    student, _, lora = module.specs
+    whole = build_student(
+        student, lora, strategy.root_device, module.seed, start_of(module.student)
+    )
+    whole.load_state_dict(
+        {name.removeprefix("student."): value for name, value in state.items()}, strict=False
+    )
+    return whole

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from neo.data.datamodule import DataModule, peek
@@ -46,7 +47,7 @@ def print_plan(
         "optimizer", f"AdamW, lr {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup_ratio:.0%}"
     )
     for note in meeting.notes:
-        table.add_row("note", note)
+        table.add_row("note", escape(note))
     table.add_row("outputs", str(folder))
     console.print(table)
 
@@ -55,7 +56,7 @@ def print_result(console: Console, record: RunRecord, folder: Path) -> None:
     """Says how the run ended, its numbers with their units, and what lies where."""
     table = _table(f"{record.experiment_name}/{record.run_id}: {record.status}")
     if record.error:
-        table.add_row("stopped by", record.error)
+        table.add_row("stopped by", escape(record.error))
     for name, value in sorted(record.metrics.items()):
         info = metric_info(name)
         table.add_row(name, f"{value * info.scale:,.{info.decimals}f} {info.printed_unit}".rstrip())

@@ -8,6 +8,8 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
+from neo.training.strategies import STRATEGIES, build_strategy
+
 # What the callbacks, the data and the record rely on, so that a config may not set it.
 OURS: dict[str, Any] = {
     "enable_model_summary": False,
@@ -22,15 +24,32 @@ NEEDED = (*LEAST, "max_steps", "max_epochs", "enable_progress_bar")
 
 
 def build_trainer(
-    node: Mapping[str, Any], callbacks: Sequence[L.Callback], loggers: Sequence[Logger]
+    node: Mapping[str, Any],
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Logger],
+    *,
+    sharding: str | None = None,
 ) -> L.Trainer:
     """The Trainer of a config node; our own progress bar takes the place of Lightning's."""
     keys = {key: value for key, value in node.items() if key != "_target_"}
+    keys["strategy"] = build_strategy(
+        node.get("strategy", "auto"), num_processes(node) * node.get("num_nodes", 1), sharding
+    )
     return L.Trainer(
         **keys | {"enable_progress_bar": False} | OURS,
         callbacks=list(callbacks),
         logger=list(loggers),
     )
+
+
+def num_processes(node: Mapping[str, Any]) -> int:
+    """How many processes train on this machine, one for each device.
+
+    Raises:
+        ValueError: Lightning does not know what the devices are, or they are not there.
+    """
+    keys = {key: node[key] for key in ("accelerator", "devices") if key in node}
+    return L.Trainer(**keys, logger=False, barebones=True).num_devices
 
 
 def trainer_problems(node: Mapping[str, Any]) -> list[str]:
@@ -60,6 +79,8 @@ def _range_problems(node: Mapping[str, Any]) -> Iterator[str]:
     if missing := [key for key in NEEDED if key not in node]:
         yield from (f"trainer.{key}: missing; see conf/trainer/auto.yaml" for key in missing)
         return
+    if (strategy := node.get("strategy", "auto")) not in STRATEGIES:
+        yield f"trainer.strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}"
     for key, least in LEAST.items():
         if not isinstance(node[key], int) or node[key] < least:
             yield f"trainer.{key}={node[key]!r}: must be an integer of at least {least}"

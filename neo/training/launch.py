@@ -1,0 +1,149 @@
+"""A run of several processes, started from one: torch's elastic launcher, once, on this machine.
+
+Lightning's own launcher repeats the command line, which under Hydra's `-m` is the whole sweep. Here
+each job gets a process group of its own, that runs the job alone.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    get_error_handler,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+# Sent on to the processes, which save a checkpoint and leave.
+SENT_ON = (signal.SIGTERM, signal.SIGUSR1)
+# How long processes that wait for a dead one are given to end by themselves.
+SHUTDOWN_S = 15
+
+
+class ProcessesFailed(RuntimeError):
+    """One of the processes of a run ended before its time, and the others with it."""
+
+    def __init__(self, rank: int, failure: ProcessFailure) -> None:
+        self.rank, self.exit_code = rank, failure.exitcode
+        super().__init__(f"rank {rank}: {_reason(failure)}")
+
+
+def in_process_group() -> bool:
+    """Whether this process is one of several that torchrun or SLURM has started for a run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    return "SLURM_PROCID" in os.environ and tasks.isdigit() and int(tasks) > 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks and writes for all of a run."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return not in_process_group() or rank == "0"
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Leaves word of why this process ends, for whoever started it and the others."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+
+
+def run_processes(num_processes: int, overrides: list[str]) -> None:
+    """Runs one job in so many processes of this machine and waits for them.
+
+    Args:
+        num_processes: One per device.
+        overrides: The job's, as Hydra took them.
+
+    Raises:
+        ProcessesFailed: The first process that failed, by its own account or by how it ended.
+    """
+    # a sweep's job: the processes compose it alone
+    arguments = [a for a in overrides if not a.startswith("hydra.")] + ["hydra.mode=RUN"]
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+    with TemporaryDirectory() as accounts, _environment(threads), _signals_sent_on():
+        config = _launch_config(num_processes, accounts)
+        try:
+            elastic_launch(config, sys.executable)("-m", "neo.train", *arguments)
+        except ChildFailedError as error:
+            raise ProcessesFailed(*_first(error.failures)) from None
+
+
+def _launch_config(num_processes: int, accounts: str) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        # the others are ours to send on; a process that a dead one left waiting is killed
+        signals_to_handle="SIGHUP",
+        shutdown_timeout=SHUTDOWN_S,
+        logs_specs=DefaultLogsSpecs(log_dir=accounts),  # where a process says why it failed
+    )
+
+
+def _first(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The failure that brought the others about: a process killed, else the earliest."""
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
+        # one that was killed has left no account of when; SIGTERM is what the launcher ends with
+        killed = item[1].exitcode < 0 and item[1].exitcode != -signal.SIGTERM
+        return not killed, item[1].timestamp
+
+    return min(failures.items(), key=order)
+
+
+def _reason(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        number = -failure.exitcode
+        name = signal.Signals(number).name if number in list(signal.Signals) else str(number)
+        memory = "; often by the system, for want of memory" if number == signal.SIGKILL else ""
+        return f"killed by {name}{memory}"
+    message = failure.message
+    if isinstance(message, Mapping):
+        message = message.get("message", "")
+    text = str(message).strip().splitlines()
+    return text[0] if text and failure.error_file != "<N/A>" else f"exit status {failure.exitcode}"
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Generator[None, None, None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def _signals_sent_on() -> Generator[None, None, None]:
+    """Within it children are told what this process is told by signal; they hear an interrupt."""
+
+    def send_on(number: int, _: Any) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    handlers: dict[signal.Signals, Callable[[int, Any], None]] = dict.fromkeys(SENT_ON, send_on)
+    handlers[signal.SIGINT] = lambda number, frame: None
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
