@@ -55,6 +55,7 @@ from neo.training.callbacks import (
 from neo.training.consistency import check_config
 from neo.training.exact_match import exact_match
 from neo.training.launch import (
+    LAUNCHED,
     ProcessesFailed,
     in_process_group,
     is_first_process,
@@ -158,7 +159,8 @@ def train(composed: DictConfig) -> RunRecord | None:
     if specs["teacher"].path is None:
         specs["teacher"] = None
     meeting, data = meet_all(config, specs)
-    print_plan(console, config, specs, folder, meeting, data)
+    if LAUNCHED not in os.environ:
+        print_plan(console, config, specs, folder, meeting, data)
     if config["dry_run"]:
         return None
     run = Run(config, identity, folder, specs, meeting, data)
@@ -310,6 +312,7 @@ class Run:
             seed=config["seed"],
             start=start,
             memory=self.memory,
+            compile_layers=config["torch_compile"],
         )
         self.trainer = trainer = self._trainer(step)
         try:

@@ -1,17 +1,51 @@
-"""Runs jobs one after another in one process of several; `devices.py` starts it by torchrun."""
+"""Runs jobs one after another in one process of several; `devices.py` starts it by torchrun.
+
+What each process holds of the models when training begins goes to `held-<rank>.json` in the folder
+of the run.
+"""
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from fits import power_cut
 from lab import compose_raw
+from torch import nn
 
 from neo.train import train
+from neo.training.module import NeoModule
+
+
+def num_elements(model: nn.Module) -> tuple[int, int]:
+    """What lies here of its weights, and how many there are in all; tied ones once."""
+    here = in_all = 0
+    for weight in model.parameters():
+        local: Any = weight.to_local() if hasattr(weight, "to_local") else weight
+        here, in_all = here + local.numel(), in_all + weight.numel()
+    return here, in_all
+
+
+def note_what_is_held(folder: Path) -> None:
+    def on_train_start(module: NeoModule) -> None:
+        held = {"student": num_elements(module.student)}
+        if module.teacher is not None:
+            held["teacher"] = num_elements(module.teacher)
+        file = folder / f"held-{module.trainer.global_rank}.json"
+        file.write_text(json.dumps(held))
+
+    NeoModule.on_train_start = on_train_start  # type: ignore[method-assign]
 
 
 def main() -> None:
-    for overrides in json.loads(Path(sys.argv[1]).read_text()):
-        train(compose_raw(*overrides))
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        (folder,) = (Path(o.removeprefix("run_dir=")) for o in job if o.startswith("run_dir="))
+        cut = [int(o.removeprefix("cut=")) for o in job if o.startswith("cut=")]
+        folder.mkdir(parents=True, exist_ok=True)
+        note_what_is_held(folder)
+        with power_cut(cut[0]) if cut else nullcontext():
+            train(compose_raw(*(o for o in job if not o.startswith("cut="))))
 
 
 if __name__ == "__main__":

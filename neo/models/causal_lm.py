@@ -277,7 +277,7 @@ def check_head(model: PreTrainedModel) -> None:
     expected = forward.logits.float()
     logits = head.bounded((products * enlarge).float())
     scale = expected.abs().amax((1, 2), keepdim=True).clamp(min=1e-3)
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    tolerance = 1e-4 if _in_float32(head.weight) else 3e-2
     if logits.shape != expected.shape or ((logits - expected).abs() > tolerance * scale).any():
         raise ValueError(
             f"{type(model).__name__} does more to its logits than a head, a scale and a soft cap; "
@@ -301,12 +301,17 @@ def check_packing(model: PreTrainedModel) -> None:
     alone = hidden_states(model, input_ids[:, 4:], positions)
     packed = hidden_states(model, input_ids, positions.repeat(1, 2))[:, 4:]
     model.train(was_training)
-    tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if _in_float32(alone) else 5e-2
     if ((packed - alone).abs() > tolerance * alone.abs().max()).any():
         raise ValueError(
             f"data.packing=true: {type(model).__name__} carries state from one packed example into "
             "the next; set data.packing=false"
         )
+
+
+def _in_float32(tensor: Tensor) -> bool:
+    autocast = torch.is_autocast_enabled(tensor.device.type)
+    return tensor.dtype == torch.float32 and not autocast
 
 
 def _check_folder(folder: Path, path: str, *, with_weights: bool) -> None:

@@ -129,17 +129,23 @@ def whole(weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within it a module that is split over processes can be called; all of them must enter."""
+def gathered(module: nn.Module, *, frozen: bool = True) -> Iterator[None]:
+    """Within it what a module is made of is whole, where it is split over processes.
+
+    All of them must enter.
+
+    Args:
+        module: Neither called nor changed elsewhere meanwhile.
+        frozen: Gather what does not train, too.
+    """
     split = [
         (owner, name, weight)
         for owner in module.modules()
         for name, weight in owner._parameters.items()
-        if isinstance(weight, DTensor)
+        if isinstance(weight, DTensor) and (frozen or weight.requires_grad)
     ]
     for owner, name, weight in split:
-        full = whole(cast(Tensor, weight).detach())
-        owner._parameters[name] = nn.Parameter(full, requires_grad=False)
+        owner._parameters[name] = cast(nn.Parameter, whole(cast(Tensor, weight)))
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ class Parts:
     """This process's part of a model's weights.
 
     Args:
-        weights: Along the first dimension, by name; tied ones once.
+        weights: Along the first dimension, by name; tied ones by each of theirs.
         buffers: Whole, by name.
     """
 
@@ -65,8 +65,8 @@ def sharded_student(
         seed: Of what is drawn: each process draws the whole branch and keeps its part.
         start: Of a branch that does not begin as drawn; computed elsewhere, since it takes whole
             weights or whole models.
-        compute_dtype: Of all weights where all are trained and gathered in half precision; None
-            gathers each in its own dtype.
+        compute_dtype: Of what is gathered of a layer, where all weights are trained and autocast
+            would round them anyway; None gathers each in its own dtype.
 
     Raises:
         ValueError: The weights cannot be read, or the model cannot be split.
@@ -79,13 +79,13 @@ def sharded_student(
     else:
         student = attach_known(base, variant, seed, start)
         _set_magnitudes(student, parts, start)
-    state = _parts_of_base(student, parts)
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    _fully_shard(inner(student), mesh, policy=policy, keep_backbone=True)
-    _fill(student, state, mesh)
+    state, tied = _parts_of_base(student, parts), _tied(inner(student))
+    _fully_shard(inner(student), mesh, layer_dtype=compute_dtype, keep_backbone=True)
+    _fill(student, state, tied, mesh)
     if start is not None:
         take_out(student, start, _in_parts(mesh))
-    _finish(student, spec)
+    with torch.autocast(mesh.device_type, compute_dtype, enabled=compute_dtype is not None):
+        _finish(student, spec)
     return student.train()
 
 
@@ -102,13 +102,13 @@ def sharded_teacher(spec: CausalLM, mesh: DeviceMesh, *, offload: bool) -> PreTr
     """
     parts = _load_parts(spec, mesh, trained=False, seed=0)
     model = _hollow(spec, parts).requires_grad_(False)
-    state = _parts_of_base(model, parts)
+    state, tied = _parts_of_base(model, parts), _tied(model)
     pin = mesh.device_type == "cuda"
     placed = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
     _fully_shard(model, mesh, offload=placed, keep_backbone=False)
     if offload:
         state = {name: cast(DTensor, part.cpu()) for name, part in state.items()}
-    _fill(model, state, mesh)
+    _fill(model, state, tied, mesh)
     _finish(model, spec)
     return model.eval()
 
@@ -144,7 +144,7 @@ def _load_parts(spec: CausalLM, mesh: DeviceMesh, *, trained: bool, seed: int) -
     model = spec.load_weights(device, trained=trained, seed=seed, distributed_config=config)
     split = _in_parts(mesh)
     weights = {}
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters(remove_duplicate=False):
         if isinstance(weight, DTensor):  # on a mesh of transformers' own
             local = cast(DTensor, weight.detach()).to_local()
             weights[name] = DTensor.from_local(
@@ -160,7 +160,7 @@ def _in_parts(mesh: DeviceMesh) -> Callable[[Tensor], DTensor]:
 
     def split(tensor: Tensor) -> DTensor:
         tensor = tensor.to(mesh.device_type)
-        part = cast(DTensor, distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None))
+        part = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
         return DTensor.from_local(
             part.to_local().clone(), mesh, [Shard(0)], shape=part.shape, stride=part.stride()
         )
@@ -217,7 +217,9 @@ def _parts_of_base(student: nn.Module, parts: Parts) -> dict[str, DTensor]:
             if id(weight) in on_meta:
                 module._parameters[name] = on_meta[id(weight)][1]
             elif part is not None:
-                state[full_name] = cast(DTensor, part.to(weight.dtype))
+                # a trained copy, beside what it is a copy of
+                own = part.clone() if ".modules_to_save." in full_name else part
+                state[full_name] = cast(DTensor, own.to(weight.dtype))
                 meta = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
                 on_meta[id(weight)] = weight, meta
                 module._parameters[name] = meta
@@ -248,38 +250,44 @@ def _fully_shard(
     model: PreTrainedModel,
     mesh: DeviceMesh,
     *,
-    policy: MixedPrecisionPolicy | None = None,
+    layer_dtype: torch.dtype | None = None,
     offload: OffloadPolicy | None = None,
     keep_backbone: bool,
 ) -> None:
-    keys: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": policy or MixedPrecisionPolicy(),
-        "offload_policy": offload or OffloadPolicy(),
-    }
-    head: Any = model.get_output_embeddings()
-    tied = getattr(head, "weight", None) is model.get_input_embeddings().weight
-    cast(Any, model).head_is_embedding = tied
+    keys: dict[str, Any] = {"mesh": mesh, "offload_policy": offload or OffloadPolicy()}
+    # Inputs stay as they are: what is added up from layer to layer is float32 under autocast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=layer_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for layer in decoder_layers(model):
-        fully_shard(layer, reshard_after_forward=True, **keys)
+        fully_shard(layer, reshard_after_forward=True, mp_policy=policy, **keys)
     # A tied head is the backbone's embedding, and there while the loss is computed.
     fully_shard(model.get_decoder(), reshard_after_forward=not keep_backbone, **keys)
 
 
-def _fill(student: nn.Module, state: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
+def _fill(
+    student: nn.Module, state: Mapping[str, Tensor], tied: list[nn.Module], mesh: DeviceMesh
+) -> None:
     """Gives the student its parts; the head, which is no unit of FSDP's, is split here."""
     model: Any = inner(student)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     student.load_state_dict(dict(state), strict=False, assign=True)
-    if model.head_is_embedding:
-        head.weight = embedding.weight
-        return
+    for module in tied:
+        module.weight = model.get_input_embeddings().weight
     split = _in_parts(mesh)
-    for module in head.modules():
+    for module in model.get_output_embeddings().modules():
         for name, weight in module._parameters.items():
             if weight is not None and not isinstance(weight, DTensor):  # of a branch
                 part = nn.Parameter(split(weight.detach()), weight.requires_grad)
                 module._parameters[name] = part
+
+
+def _tied(model: Any) -> list[nn.Module]:
+    """The modules of the head whose weight is the embedding's, which FSDP will not find there."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = embedding.weight  # of the layer itself, where a branch is wrapped around it
+    tied = [m for m in head.modules() if m._parameters.get("weight") is weight]
+    model.head_is_embedding = head in tied
+    return tied
 
 
 def _finish(student: nn.Module, spec: CausalLM) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from neo.config import SPECS, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
+from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
 METHODS = ("sft", "lora", "kd", "neo")
@@ -30,6 +31,7 @@ def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between the groups, and with the root keys."""
     yield from _method_problems(config)
     yield from quantization_problems(config)
+    yield from _device_problems(config)
     data = config["data"]
     mini = data.get("_target_") == "neo.data.mini_data.MiniData"
     split = config["eval_split"]
@@ -51,6 +53,30 @@ def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
         )
     if not 0 <= config["seed"] < 2**32:
         yield f"seed={config['seed']}: must lie in [0, 2**32)"
+
+
+def _device_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between how a run is spread over devices and what it trains."""
+    strategy, sharding = config["trainer"].get("strategy", "auto"), config["sharding"]
+    student, teacher = config["student"], config["teacher"]
+    split = strategy == "fsdp" or sharding == "teacher"
+    if sharding not in SHARDINGS:
+        yield f"sharding={sharding!r}: must be null or teacher"
+    elif sharding == "teacher" and not str(strategy).startswith("ddp"):
+        also = "; trainer=fsdp splits the teacher as well" if strategy == "fsdp" else ""
+        yield f"sharding=teacher: goes with trainer=ddp, and trainer.strategy={strategy!r}{also}"
+    elif sharding == "teacher" and not teacher.get("path"):
+        yield "sharding=teacher: there is no teacher; set teacher.path or sharding=null"
+    if teacher.get("offload") and not split:
+        yield (
+            "teacher.offload=true: is for a teacher that is split over the processes; use "
+            "trainer=fsdp, or trainer=ddp sharding=teacher (both work on one device, too)"
+        )
+    if strategy == "fsdp" and student.get("quantization"):
+        yield (
+            f"student.quantization={student['quantization']!r}: a 4-bit base cannot be split over "
+            "processes; use trainer=ddp, or quantization=null"
+        )
 
 
 def _method_problems(config: Mapping[str, Any]) -> Iterator[str]:

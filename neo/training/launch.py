@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -22,6 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+# Set in the processes of `run_processes`, for which another has spoken already.
+LAUNCHED = "NEO_LAUNCHED"
 # Sent on to the processes, which save a checkpoint and leave.
 SENT_ON = (signal.SIGTERM, signal.SIGUSR1)
 # How long processes that wait for a dead one are given to end by themselves.
@@ -69,8 +72,10 @@ def run_processes(num_processes: int, overrides: list[str]) -> None:
     # a sweep's job: the processes compose it alone
     arguments = [a for a in overrides if not a.startswith("hydra.")] + ["hydra.mode=RUN"]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
-    with TemporaryDirectory() as accounts, _environment(threads), _signals_sent_on():
+    values = {LAUNCHED: "1"}
+    if "OMP_NUM_THREADS" not in os.environ:  # as torchrun does, so that they leave each other cores
+        values["OMP_NUM_THREADS"] = "1"
+    with TemporaryDirectory() as accounts, _environment(values), _signals_sent_on():
         config = _launch_config(num_processes, accounts)
         try:
             elastic_launch(config, sys.executable)("-m", "neo.train", *arguments)
@@ -83,6 +88,7 @@ def _launch_config(num_processes: int, accounts: str) -> LaunchConfig:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

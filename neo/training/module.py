@@ -1,13 +1,13 @@
 """The LightningModule: it holds student and teacher, and joins data, models and loss."""
 
 import time
+from contextlib import nullcontext
 from typing import Any, cast
 
 import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from neo.data.datamodule import first_batches
@@ -15,7 +15,8 @@ from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
 from neo.models.calibration import Calibration
 from neo.models.causal_lm import CausalLM, check_packing
-from neo.models.sharding import is_sharded, reshard, sharded_student
+from neo.models.head import gathered
+from neo.models.sharding import decoder_layers, is_sharded, reshard, sharded_student
 from neo.models.start import Start, attach_branch, is_computed, needs_rows, start_of
 from neo.models.student import build_student, inner, trained_parameters
 from neo.models.variants import Variant
@@ -24,7 +25,7 @@ from neo.training.calibrate import calibration_of
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.optim import AdamW
 from neo.training.peak_memory import PeakMemory
-from neo.training.strategies import local
+from neo.training.strategies import full, local
 from neo.training.token_loss import batch_sums
 
 
@@ -41,6 +42,7 @@ class NeoModule(L.LightningModule):
         seed: Of the branch's initial weights.
         start: Of the branch, where a run goes on: it is not computed again.
         memory: Of the run, in which the branch's initialisation is measured.
+        compile_layers: Give the decoder layers of both models to `torch.compile`.
     """
 
     student: nn.Module
@@ -58,8 +60,10 @@ class NeoModule(L.LightningModule):
         seed: int = 0,
         start: Start | None = None,
         memory: PeakMemory | None = None,
+        compile_layers: bool = False,
     ) -> None:
         super().__init__()
+        self.compile_layers = compile_layers
         self.specs = (student, teacher, lora)
         self.start, self.memory = start, memory or PeakMemory()
         self.init_metrics: dict[str, float] = {}  # what it took to initialise the branch
@@ -105,8 +109,13 @@ class NeoModule(L.LightningModule):
         for model in (inner(self.student), getattr(self.teacher, "model", None)):
             if model is not None:
                 if data is not None and data.data.packing:
-                    check_packing(model)
+                    with strategy.precision_plugin.forward_context() if split else nullcontext():
+                        check_packing(model)
                 speed_up_frozen(model.get_decoder())
+                if self.compile_layers:
+                    for layer in decoder_layers(model):
+                        # not the layer, whose hooks gather and free its weights
+                        layer.forward = torch.compile(layer.forward, dynamic=True)
         self.built = True
 
     def _split_student(self, strategy: Any) -> nn.Module:
@@ -219,7 +228,9 @@ class NeoModule(L.LightningModule):
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         torch._foreach_mul_([local(g) for g in gradients], undo / tokens.clamp(min=1))
         if (penalty := self.specs[2].penalty) is not None:
-            self._add_gradient(penalty(self.student))
+            with gathered(self.student, frozen=False):
+                value = penalty(self.student)
+            self._add_gradient(value)
         lr = self.optim.set_rates(optimizer, self.progress())
         self.num_tokens = self.num_tokens.to(tokens.device) + tokens
         if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
@@ -248,8 +259,7 @@ class NeoModule(L.LightningModule):
         }
         if self.penalty is not None:
             means["train/penalty"] = self.penalty
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full(nn.utils.get_total_norm(gradients))
         seen = self.num_tokens.float()
         self.log_dict(means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": seen})
 

@@ -174,19 +174,24 @@ class FSDP(ModelParallelStrategy):
             return [self._gathered(value) for value in tree]
         if not isinstance(tree, DTensor):
             return tree
-        full = tree.full_tensor()
-        return full.cpu() if self.is_global_zero else _ELSEWHERE
+        whole = tree.full_tensor()
+        return whole.cpu() if self.is_global_zero else _ELSEWHERE
 
 
 _ELSEWHERE = object()
 
 
-def like(full: Tensor, own: Tensor) -> Tensor:
+def like(whole: Tensor, own: Tensor) -> Tensor:
     """The part of a whole tensor that lies here, where `own` is split; else the tensor itself."""
     if not isinstance(own, DTensor):
-        return full
-    full = full.to(own.device)
-    return distribute_tensor(full, own.device_mesh, own.placements, src_data_rank=None)
+        return whole
+    whole = whole.to(own.device)
+    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, which the tensor itself is where nothing is split; all must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

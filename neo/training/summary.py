@@ -13,6 +13,7 @@ from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
 from neo.training.meet import Meeting
+from neo.training.trainer import num_processes
 
 
 def print_plan(
@@ -86,11 +87,13 @@ def _steps(config: dict[str, Any], data: DataModule) -> str:
     sample = peek(data, 4)
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in sample) / len(sample)
     rows_per_batch = sum(batch.num_rows for batch in sample) / len(sample)
+    num = num_processes(trainer) * trainer.get("num_nodes", 1)
     micro = f"{spec.batch_size} x {accumulate} sequences of at most {spec.max_length} tokens"
-    per_step = tokens * accumulate
+    micro += f" on each of {num} devices" * (num > 1)
+    per_step = tokens * accumulate * num
     steps, epochs = trainer["max_steps"], trainer["max_epochs"] or -1
     if epochs > 0 and data.num_rows is not None:
-        by_epochs = epochs * data.num_rows / max(1.0, rows_per_batch) / accumulate
+        by_epochs = epochs * data.num_rows / max(1.0, rows_per_batch) / accumulate / num
         if steps <= 0 or by_epochs < steps:
             return (
                 f"about {by_epochs:,.0f} ({epochs} epoch{'s' * (epochs != 1)}) of {micro}, "

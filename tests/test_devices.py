@@ -1,0 +1,203 @@
+"""Two processes on gloo: every way to use them trains what one process trains."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from devices import command, environment, train_in_processes
+from fits import fit, settings, trained
+from lab import tiny_model
+
+# Rows in their order, unpacked: two processes of two rows a step see what one with four sees. Rows
+# have between 2 and some 40 supervised tokens.
+ROWS = (
+    "data.shuffle=false", "data.packing=false", "trainer.max_epochs=-1", "trainer.max_steps=20",
+    "optim.lr=1e-2",
+)  # fmt: skip
+VARIANTS = {v: f"lora={v}" for v in ("lora", "dora", "pissa", "moslora")} | {"all": "method=kd"}
+WAYS = {
+    "ddp": ("trainer.strategy=ddp",),
+    "fsdp": ("trainer.strategy=fsdp",),
+    "teacher": ("trainer.strategy=ddp", "sharding=teacher"),
+}
+# What else may differ between a model that is whole and one that is split, one job each.
+ODDS = {
+    "kasa": ("lora=kasa",),
+    "branch on the head": ("lora.target_modules=[q_proj,lm_head]",),
+    "copy of the head": ("lora.modules_to_save=[lm_head]",),
+    "branch on the embedding": ("lora.target_modules=[q_proj,embed_tokens]",),
+    "pissa with magnitudes": ("lora=pissa", "lora.use_dora=true"),
+    "accumulated and clipped": (
+        "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.1",
+    ),
+    "checkpointed activations": ("student.activation_checkpointing=true",),
+    "validated": ("data.val_share=0.2", "trainer.val_check_interval=2"),
+}  # fmt: skip
+SHORT = "trainer.max_steps=6"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "student": tiny_model(folder / "student", hidden=32, seed=1),
+        "tied": tiny_model(folder / "tied", hidden=32, seed=1, tie=True),
+        "teacher": tiny_model(folder / "teacher", hidden=48, seed=2),
+    }
+
+
+def alone(models, folder, *overrides, student="student"):
+    fit(models[student], models["teacher"], folder, *ROWS, "data.batch_size=4", *overrides)
+    return trained(folder)
+
+
+def job(models, folder, *overrides, student="student"):
+    two = ("trainer.devices=2", "data.batch_size=2")
+    return settings(models[student], models["teacher"], folder, *ROWS, *two, *overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(models, tmp_path_factory):
+    """All runs of two processes, in one pair of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = [
+        job(models, folder / way / variant, choice, *overrides, student=student(variant))
+        for way, overrides in WAYS.items()
+        for variant, choice in VARIANTS.items()
+    ]
+    jobs += [
+        job(models, folder / "odd" / name, "trainer.strategy=fsdp", SHORT, *overrides)
+        for name, overrides in ODDS.items()
+    ]
+    for way, overrides in WAYS.items():
+        half = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "trainer.precision=bf16-mixed")
+        jobs.append(job(models, folder / "half" / way, SHORT, *half, *overrides))
+    tied_copy = ("trainer.strategy=fsdp", SHORT, "lora.modules_to_save=[lm_head]")
+    jobs.append(job(models, folder / "tied copy", *tied_copy, student="tied"))
+    offloaded = ("trainer.strategy=ddp", "sharding=teacher", "teacher.offload=true")
+    jobs.append(job(models, folder / "offloaded", SHORT, *offloaded))
+    train_in_processes(jobs, folder)
+    return folder
+
+
+def student(variant):
+    """Some of the variants are tried with a head that is tied to the embedding."""
+    return "tied" if variant in ("dora", "all") else "student"
+
+
+def assert_same(actual, expected, *, atol=1e-5):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=lambda m, n=name: n)
+
+
+@pytest.fixture(scope="module")
+def one_process(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        variant: alone(models, folder / variant, choice, student=student(variant))
+        for variant, choice in VARIANTS.items()
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_what_one_trains(runs, one_process, way, variant):
+    assert_same(trained(runs / way / variant), one_process[variant])
+
+
+@pytest.mark.parametrize("name", ODDS)
+def test_a_split_student_trains_what_a_whole_one_trains(runs, models, tmp_path, name):
+    assert_same(trained(runs / "odd" / name), alone(models, tmp_path, SHORT, *ODDS[name]))
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")
+def test_a_copy_of_a_tied_head_leaves_the_embedding_alone(runs, models, tmp_path):
+    expected = alone(models, tmp_path, SHORT, "lora.modules_to_save=[lm_head]", student="tied")
+    assert_same(trained(runs / "tied copy"), expected)
+
+
+def test_a_teacher_in_the_cpus_memory_teaches_the_same(runs, models, tmp_path):
+    assert_same(trained(runs / "offloaded"), alone(models, tmp_path, SHORT))
+
+
+@pytest.mark.parametrize("way", ["fsdp", "teacher"])
+def test_half_precision_is_the_same_in_all_ways(runs, way):
+    assert_same(trained(runs / "half" / way), trained(runs / "half" / "ddp"), atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_process_holds_half_of_both_models(runs, variant):
+    held = [
+        json.loads((runs / "fsdp" / variant / f"held-{rank}.json").read_text()) for rank in (0, 1)
+    ]
+    for role in ("student", "teacher"):
+        (here, in_all), (there, also) = (h[role] for h in held)
+        assert here + there == in_all == also  # nothing twice, nothing nowhere
+        assert max(here, there) <= 0.51 * in_all  # rows of odd number go to the first
+
+
+def test_a_split_teacher_leaves_the_student_whole(runs):
+    for rank in (0, 1):
+        held = json.loads((runs / "teacher" / "lora" / f"held-{rank}.json").read_text())
+        assert held["student"][0] == held["student"][1]
+        assert held["teacher"][0] <= 0.51 * held["teacher"][1]
+
+
+def test_what_is_logged_is_the_same_for_two_processes(runs, models, tmp_path):
+    from fits import history
+
+    alone(models, tmp_path, "lora=lora")
+    for way in WAYS:
+        for name in ("train/loss", "train/ce", "train/kd", "train/grad_norm", "train/tokens"):
+            expected, actual = history(tmp_path, name), history(runs / way / "lora", name)
+            assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_nodes_of_one_process_train_what_one_trains(models, one_process, tmp_path):
+    jobs = [
+        job(models, tmp_path / "run", "trainer.strategy=ddp", "trainer.num_nodes=2",
+            "trainer.devices=1")
+    ]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            command(
+                jobs, tmp_path, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
+                "--master-addr=127.0.0.1", "--master-port=29571",
+            ),
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for node in nodes:
+        _, said = node.communicate(timeout=120)
+        assert node.returncode == 0, said[-4000:]
+    assert_same(trained(tmp_path / "run"), one_process["lora"])
+
+
+def test_slurm_starts_the_processes_itself(models, one_process, tmp_path):
+    jobs = [job(models, tmp_path / "run", "trainer.strategy=ddp")]
+    worker = command(jobs, tmp_path)[-2:]
+    # What srun sets for each of its tasks.
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *worker],
+            env=environment(
+                SLURM_JOB_ID="7", SLURM_JOB_NAME="neo", SLURM_NTASKS="2", SLURM_PROCID=str(rank),
+                SLURM_LOCALID=str(rank), SLURM_NODEID="0", SLURM_NODELIST="127.0.0.1",
+                SLURM_JOB_NODELIST="127.0.0.1", SLURM_NTASKS_PER_NODE="2", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT="29572",
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for task in tasks:
+        _, said = task.communicate(timeout=120)
+        assert task.returncode == 0, said[-4000:]
+    assert_same(trained(tmp_path / "run"), one_process["lora"])
