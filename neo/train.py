@@ -96,7 +96,7 @@ def main() -> None:
         _leave(error, 2)
     except FAILED as error:
         _leave(error, 1 if HydraConfig.initialized() else 2)
-    except BaseException as error:
+    except Exception as error:
         tell_launcher(error)
         raise
 
@@ -196,6 +196,7 @@ class Run:
         self.throughput, self.memory = Throughput(), PeakMemory()
         self.num_trainable_parameters = meeting.num_trainable_parameters
         self.num_tokens: int | None = None
+        self.report: RowReport | None = None  # of all processes, where they came to the end
         self.peak_gib: float | None = None
 
     def launch(self, num: int) -> RunRecord:
@@ -276,7 +277,7 @@ class Run:
             num_tokens=self.num_tokens,
             seconds=round(time.perf_counter() - self.began, 3),
             peak_memory_gib=self.peak_gib,
-            rows=_row_counts(self.data.report),
+            rows=_row_counts(self.report or self.data.report),
             models={
                 role: {"path": spec.path} | spec.identity()
                 for role in ("student", "teacher")
@@ -334,6 +335,7 @@ class Run:
             self.metrics["perf/tokens_per_s"] = self.throughput.tokens_per_s(module)
             if self.peak_gib is not None:
                 self.metrics["perf/peak_mem_gib"] = self.peak_gib
+        self.report = _of_all_processes(self.data.report)
         if self.data.num_val_rows:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
@@ -374,6 +376,15 @@ class Run:
         return build_trainer(
             config["trainer"] | no_val, callbacks, loggers, sharding=config["sharding"]
         )
+
+
+def _of_all_processes(report: RowReport) -> RowReport:
+    """What all of them have read in the last epoch; all must call."""
+    if not torch.distributed.is_initialized():
+        return report
+    reports: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reports, report)
+    return sum(reports, RowReport())
 
 
 def _row_counts(report: RowReport) -> dict[str, Any]:

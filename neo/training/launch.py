@@ -102,10 +102,10 @@ def _launch_config(num_processes: int, accounts: str) -> LaunchConfig:
 def _first(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The failure that brought the others about: a process killed, else the earliest."""
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
-        # one that was killed has left no account of when; SIGTERM is what the launcher ends with
-        killed = item[1].exitcode < 0 and item[1].exitcode != -signal.SIGTERM
-        return not killed, item[1].timestamp
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
+        code = item[1].exitcode
+        # one that was killed tells no time; SIGTERM is how the launcher ends those that are left
+        return 2 if code == -signal.SIGTERM else int(code >= 0), item[1].timestamp
 
     return min(failures.items(), key=order)
 
