@@ -1,7 +1,7 @@
 """Runs jobs one after another in one process of several; `devices.py` starts it by torchrun.
 
-What each process holds of the models when training begins goes to `held-<rank>.json` in the folder
-of the run.
+What each process holds of the models when training begins, and what it sends in each step, goes to
+`held-<rank>.json` and `sent-<rank>.json` in the folder of the run.
 """
 
 import json
@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from collectives import Collectives
 from fits import power_cut
 from lab import compose_raw
 from torch import nn
@@ -38,13 +39,25 @@ def note_what_is_held(folder: Path) -> None:
     NeoModule.on_train_start = on_train_start  # type: ignore[method-assign]
 
 
+def count_what_is_sent(folder: Path, mode: Collectives) -> None:
+    def on_train_batch_end(module: NeoModule, *_: Any) -> None:
+        if module.step_sums is None:  # between two steps
+            mode.next_step()
+            file = folder / f"sent-{module.trainer.global_rank}.json"
+            file.write_text(json.dumps({"steps": mode.steps, "others": mode.others}))
+
+    NeoModule.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+
+
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         (folder,) = (Path(o.removeprefix("run_dir=")) for o in job if o.startswith("run_dir="))
         cut = [int(o.removeprefix("cut=")) for o in job if o.startswith("cut=")]
         folder.mkdir(parents=True, exist_ok=True)
         note_what_is_held(folder)
-        with power_cut(cut[0]) if cut else nullcontext():
+        mode = Collectives()
+        count_what_is_sent(folder, mode)
+        with power_cut(cut[0]) if cut else nullcontext(), mode:
             train(compose_raw(*(o for o in job if not o.startswith("cut="))))
 
 

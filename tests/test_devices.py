@@ -1,21 +1,12 @@
 """Two processes on gloo: every way to use them trains what one process trains."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-import torch
-from devices import command, environment, train_in_processes
+from devices import IN_ORDER, assert_same, train_in_processes
 from fits import fit, settings, trained
 from lab import tiny_model
 
-# Rows in their order, unpacked: two processes of two rows a step see what one with four sees. Rows
-# have between 2 and some 40 supervised tokens.
-ROWS = (
-    "data.shuffle=false", "data.packing=false", "trainer.max_epochs=-1", "trainer.max_steps=20",
-    "optim.lr=1e-2",
-)  # fmt: skip
 VARIANTS = {v: f"lora={v}" for v in ("lora", "dora", "pissa", "moslora")} | {"all": "method=kd"}
 WAYS = {
     "ddp": ("trainer.strategy=ddp",),
@@ -49,13 +40,13 @@ def models(tmp_path_factory):
 
 
 def alone(models, folder, *overrides, student="student"):
-    fit(models[student], models["teacher"], folder, *ROWS, "data.batch_size=4", *overrides)
+    fit(models[student], models["teacher"], folder, *IN_ORDER, "data.batch_size=4", *overrides)
     return trained(folder)
 
 
 def job(models, folder, *overrides, student="student"):
     two = ("trainer.devices=2", "data.batch_size=2")
-    return settings(models[student], models["teacher"], folder, *ROWS, *two, *overrides)
+    return settings(models[student], models["teacher"], folder, *IN_ORDER, *two, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +76,6 @@ def runs(models, tmp_path_factory):
 def student(variant):
     """Some of the variants are tried with a head that is tied to the embedding."""
     return "tied" if variant in ("dora", "all") else "student"
-
-
-def assert_same(actual, expected, *, atol=1e-5):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=lambda m, n=name: n)
 
 
 @pytest.fixture(scope="module")
@@ -154,50 +139,3 @@ def test_what_is_logged_is_the_same_for_two_processes(runs, models, tmp_path):
         for name in ("train/loss", "train/ce", "train/kd", "train/grad_norm", "train/tokens"):
             expected, actual = history(tmp_path, name), history(runs / way / "lora", name)
             assert actual == pytest.approx(expected, rel=1e-4)
-
-
-def test_two_nodes_of_one_process_train_what_one_trains(models, one_process, tmp_path):
-    jobs = [
-        job(models, tmp_path / "run", "trainer.strategy=ddp", "trainer.num_nodes=2",
-            "trainer.devices=1")
-    ]  # fmt: skip
-    nodes = [
-        subprocess.Popen(
-            command(
-                jobs, tmp_path, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
-                "--master-addr=127.0.0.1", "--master-port=29571",
-            ),
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for node in nodes:
-        _, said = node.communicate(timeout=120)
-        assert node.returncode == 0, said[-4000:]
-    assert_same(trained(tmp_path / "run"), one_process["lora"])
-
-
-def test_slurm_starts_the_processes_itself(models, one_process, tmp_path):
-    jobs = [job(models, tmp_path / "run", "trainer.strategy=ddp")]
-    worker = command(jobs, tmp_path)[-2:]
-    # What srun sets for each of its tasks.
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, *worker],
-            env=environment(
-                SLURM_JOB_ID="7", SLURM_JOB_NAME="neo", SLURM_NTASKS="2", SLURM_PROCID=str(rank),
-                SLURM_LOCALID=str(rank), SLURM_NODEID="0", SLURM_NODELIST="127.0.0.1",
-                SLURM_JOB_NODELIST="127.0.0.1", SLURM_NTASKS_PER_NODE="2", MASTER_ADDR="127.0.0.1",
-                MASTER_PORT="29572",
-            ),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for task in tasks:
-        _, said = task.communicate(timeout=120)
-        assert task.returncode == 0, said[-4000:]
-    assert_same(trained(tmp_path / "run"), one_process["lora"])
