@@ -6,6 +6,7 @@ from typing import Any
 
 from neo.config import SPECS, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
+from neo.teachers.device import device_problems
 from neo.training.trainer import trainer_problems
 
 METHODS = ("sft", "lora", "kd", "neo")
@@ -30,6 +31,7 @@ def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between the groups, and with the root keys."""
     yield from _method_problems(config)
     yield from quantization_problems(config)
+    yield from device_problems(config)
     data = config["data"]
     mini = data.get("_target_") == "neo.data.mini_data.MiniData"
     split = config["eval_split"]
