@@ -47,8 +47,8 @@ def integer_weights(kind: str, device: torch.device, group_size: int) -> dict[st
     return {"quantization_config": TorchAoConfig(config), "device_map": {"": device}}
 
 
-# Either config would by default set torch.set_float32_matmul_precision for the whole process, and
-# with it change the numbers of the student: set_inductor_config=False.
+# set_inductor_config=False: by default either config sets how torch.compile works for the whole
+# process, the student with it.
 def _int8() -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
