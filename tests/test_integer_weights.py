@@ -88,7 +88,8 @@ def test_every_linear_layer_but_the_head_is_integer(family, tie, kind, tmp_path)
 @with_torchao
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_an_integer_model_says_what_its_weights_stand_for(kind, wide_dir):
-    model = integers(wide_dir, kind).load(CPU, trained=False)
+    dtype = "float32"  # slow for int4, but what it says is not rounded
+    model = integers(wide_dir, kind, dtype=dtype).load(CPU, trained=False)
     said = logits_on(model, IDS)
     full = CausalLM(path=str(wide_dir)).load(CPU, trained=False)
     error = (logits_on(full, IDS) - said).abs().max()
@@ -102,7 +103,7 @@ def test_an_integer_model_says_what_its_weights_stand_for(kind, wide_dir):
 @with_torchao
 @pytest.mark.parametrize(("kind", "size"), [("int8", None), ("int4", 32), ("int4", 64)])
 def test_no_weight_is_further_off_than_half_a_step_of_its_group(kind, size, wide_dir):
-    spec = integers(wide_dir, kind, quantization_group_size=size)
+    spec = integers(wide_dir, kind, quantization_group_size=size, dtype="float32")
     model = spec.load(CPU, trained=False)
     full = linear_layers(CausalLM(path=str(wide_dir)).load(CPU, trained=False))
     full.pop("lm_head")
@@ -163,8 +164,8 @@ def test_integer_layers_are_not_sped_up(kind, wide_dir):
     ["teacher.quantization=int8"],
     ["teacher.quantization=int8", "trainer.precision=bf16-mixed"],
     ["teacher.quantization=int4", "teacher.quantization_group_size=64"],
-    ["teacher.quantization=int4", "teacher.dtype=bfloat16", "trainer.precision=bf16-mixed"],
-    ["teacher.quantization=int4", "teacher.device=cpu", "teacher.dtype=bfloat16"],
+    ["teacher.quantization=int4", "trainer.precision=bf16-mixed"],
+    ["teacher.quantization=int4", "trainer.precision=bf16-mixed", "teacher.device=cpu"],
 ])  # fmt: skip
 def test_a_student_learns_from_an_integer_teacher(settings, student_dir, wide_dir, tmp_path):
     common = ["trainer.max_steps=2", "trainer.max_epochs=-1"]
@@ -175,7 +176,7 @@ def test_a_student_learns_from_an_integer_teacher(settings, student_dir, wide_di
         history(tmp_path / name, "train/kd") for name in ("integer", "full")
     )
     assert actual != expected
-    assert actual == pytest.approx(expected, rel=0.03)
+    assert actual == pytest.approx(expected, rel=0.01 if "int8" in settings[0] else 0.1)
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
@@ -251,30 +252,41 @@ def test_a_cpu_is_enough(kind, installed):
     assert problems(f"teacher.quantization={kind}", "teacher.path=null", "loss.kd_ratio=0") == []
 
 
-@pytest.mark.parametrize(
-    ("dtype", "precision", "use"),
-    [
-        ("auto", "bf16-mixed", "dtype=bfloat16"),
-        ("float32", "bf16-mixed", "dtype=bfloat16"),
-        ("float16", "bf16-true", "dtype=bfloat16"),
-        ("float32", "64-true", "trainer.precision=32-true"),
-    ],
-)
-def test_4_bits_on_a_cpu_are_multiplied_in_one_dtype(dtype, precision, use, installed):
-    settings = [f"teacher.dtype={dtype}", f"trainer.precision={precision}"]
-    (problem,) = problems("teacher.quantization=int4", *settings)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_4_bits_are_multiplied_in_bfloat16_alone(dtype, installed):
+    (problem,) = problems("teacher.quantization=int4", f"teacher.dtype={dtype}")
     assert problem == (
-        f"teacher.quantization='int4': is multiplied in one dtype on a CPU, and dtype='{dtype}' "
-        f"does not go with trainer.precision='{precision}'; use {use}, or int8"
+        f"teacher.quantization='int4': is multiplied in bfloat16, and dtype='{dtype}'; "
+        "use auto, bfloat16, or int8"
     )
-    assert problems("teacher.quantization=int8", *settings) == []
-    right = {"dtype=bfloat16": "teacher.dtype=bfloat16"}.get(use, use)
-    assert problems("teacher.quantization=int4", *settings, right) == []
+    for legal in ("auto", "bfloat16"):
+        assert problems("teacher.quantization=int4", f"teacher.dtype={legal}") == []
+    assert problems("teacher.quantization=int8", f"teacher.dtype={dtype}") == []
+
+
+@pytest.mark.parametrize("precision", ["64-true", "16-true"])
+def test_a_precision_that_changes_their_activations_is_refused_on_a_cpu(precision, installed):
+    (problem,) = problems("teacher.quantization=int4", f"trainer.precision={precision}")
+    assert problem == (
+        "teacher.quantization='int4': is multiplied in bfloat16, and trainer.precision="
+        f"'{precision}' computes in another dtype on a CPU; use 32-true, bf16-mixed, bf16-true, "
+        "or int8"
+    )
+    assert problems("teacher.quantization=int8", f"trainer.precision={precision}") == []
+    for legal in ("32-true", "bf16-mixed", "bf16-true", "32", "bf16"):
+        assert problems("teacher.quantization=int4", f"trainer.precision={legal}") == []
+
+
+@with_torchao
+def test_dtype_auto_is_bfloat16_for_4_bits_on_any_device(wide_dir):
+    for kind, dtype in (("int4", torch.bfloat16), ("int8", torch.float32)):
+        model = integers(wide_dir, kind).load(CPU, trained=False)
+        assert model.get_output_embeddings().weight.dtype == dtype
 
 
 def test_autocast_on_a_gpu_does_not_reach_a_teacher_on_the_cpu(installed, monkeypatch):
     monkeypatch.setattr(quantization, "_device_type", lambda accelerator: accelerator)
-    config = compose("teacher.quantization=int4", "trainer.precision=bf16-mixed")
+    config = compose("teacher.quantization=int4", "trainer.precision=16-mixed")
     for accelerator, device, expected in (
         ("cuda", "cpu", 0), ("cpu", "cpu", 1), ("cpu", None, 1), ("mps", None, 1),
     ):  # fmt: skip
@@ -289,9 +301,7 @@ def test_what_a_gpu_cannot_multiply_is_refused(installed, monkeypatch):
     assert problem == "needs a GPU of compute capability 8.0, this one has 7.5; use int8"
     assert list(integer_problems("int8", "float32", "cuda", "bf16-mixed")) == []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert list(integer_problems("int4", "auto", "cuda", "bf16-mixed")) == []
-    (problem,) = integer_problems("int4", "float32", "cuda", "bf16-mixed")
-    assert problem.endswith("use dtype=bfloat16")
+    assert list(integer_problems("int4", "auto", "cuda", "16-mixed")) == []
     (problem,) = integer_problems("int4", "auto", "mps", "32-true")
     assert problem == "has products for cpu and cuda, and 'mps' is neither; use int8"
 

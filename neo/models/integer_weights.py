@@ -19,12 +19,8 @@ GROUP_SIZE = 32
 OLDEST = "0.18"  # torchao
 # What its 4-bit products ask of a weight's rows on a CPU.
 CPU_ROWS = 16
-# Dtypes of 4-bit weights on a CPU by Lightning's precision: their product takes one dtype only.
-CPU_DTYPES = {
-    "32-true": ("auto", "float32", "bfloat16", "float16"),
-    "bf16-mixed": ("bfloat16",),
-    "bf16-true": ("bfloat16",),
-}
+# Lightning's precisions under which activations on a CPU are as int4 needs them.
+CPU_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def integer_weights(kind: str, device: torch.device, group_size: int) -> dict[str, Any]:
@@ -119,6 +115,9 @@ def integer_problems(
 ) -> Iterator[str]:
     """What stands against integer weights on a device.
 
+    4-bit ones are multiplied in bfloat16: a GPU has nothing else, and on a CPU float32 takes a
+    hundred times as long.
+
     Args:
         kind: One of `INTEGERS`.
         dtype: Of all other weights, as in a config.
@@ -129,22 +128,19 @@ def integer_problems(
         yield problem
     if kind != "int4":
         return
+    if dtype not in ("auto", "bfloat16"):
+        yield f"is multiplied in bfloat16, and dtype={dtype!r}; use auto, bfloat16, or int8"
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if major < 8:
             yield f"needs a GPU of compute capability 8.0, this one has {major}.{minor}; use int8"
-        elif dtype not in ("auto", "bfloat16"):
-            yield f"is multiplied in bfloat16 on a GPU, and dtype={dtype!r}; use dtype=bfloat16"
-    elif device_type == "cpu":
-        legal = CPU_DTYPES.get(precision or "32-true", ())
-        if dtype not in legal:
-            use = f"dtype={' or '.join(legal)}" if legal else "trainer.precision=32-true"
-            yield (
-                f"is multiplied in one dtype on a CPU, and dtype={dtype!r} does not go with "
-                f"trainer.precision={precision!r}; use {use}, or int8"
-            )
-    else:
+    elif device_type != "cpu":
         yield f"has products for cpu and cuda, and {device_type!r} is neither; use int8"
+    elif precision not in (None, *CPU_PRECISIONS):
+        yield (
+            f"is multiplied in bfloat16, and trainer.precision={precision!r} computes in another "
+            f"dtype on a CPU; use {', '.join(CPU_PRECISIONS)}, or int8"
+        )
 
 
 def lacking() -> str | None:

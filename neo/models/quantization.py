@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
@@ -67,10 +69,36 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """The model with every 4-bit weight as the number that it stands for, all in float32."""
+    exact = {
+        name: _stands_for(module.weight)
+        for name, module in model.named_modules()
+        if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None
+    }
     # It warns of the dtype that it was asked for.
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     model.dequantize(dtype=torch.float32)
+    for name, weight in exact.items():
+        cast(Any, model.get_submodule(name)).weight.data = weight
     return model.float()
+
+
+def _stands_for(weight: Any) -> Float[Tensor, "out in"]:
+    """What 4-bit codes stand for: a level of the kind, times the largest weight of the block.
+
+    Read off the codes here, since on CPUs with AVX-512 bitsandbytes 0.50 gives the wrong numbers
+    where a row is no whole number of blocks.
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = weight.quant_state
+    largest = state.absmax
+    if state.nested:
+        largest = dequantize_blockwise(largest, state.state2) + state.offset
+    packed = weight.data.view(torch.uint8).flatten()
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+    values = state.code.float()[codes][: state.shape.numel()]
+    blocks = torch.arange(len(values), device=values.device) // state.blocksize
+    return (values * largest.float().flatten()[blocks]).view(state.shape)
 
 
 def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -113,7 +141,7 @@ def _integer_problems(config: Mapping[str, Any], role: str) -> Iterator[str]:
     if device_type == "cuda" and not torch.cuda.is_available():
         return  # the trainer, or the teacher's device, is refused
     precision = str(config["trainer"].get("precision"))
-    # autocast, and Lightning's casts of a module, are for the student's device
+    # autocast is for the student's kind of device, Lightning's casts are for what it moves
     reached = own is None or (device_type == accelerator and precision.endswith("-mixed"))
     yield from integer_problems(
         config[role]["quantization"],

@@ -25,7 +25,8 @@ class OnlineTeacher(CausalLM):
 
     Args:
         quantization: nf4 or fp4, as a student's; or int8 or int4, through torchao, which run on a
-            CPU as well. The head and the embedding stay as they are.
+            CPU as well. The head and the embedding stay in `dtype`, whose `auto` is bfloat16 for
+            int4, as its products are.
         quantization_group_size: Weights of a row that share a scale, of int4: 32, 64 or 128. None
             is 32, the most exact.
         device: Such as `cpu` or `cuda:1`: where the backbone stays and computes. Only hidden states
@@ -75,6 +76,10 @@ class OnlineTeacher(CausalLM):
         if self.quantization in INTEGERS:
             check_fit(model, self.quantization, self.group_size, device)
         return model
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        automatic = self.quantization == "int4" and self.dtype == "auto"
+        return torch.bfloat16 if automatic else super()._dtype(device)
 
     def _quantized(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         if self.quantization not in INTEGERS:
