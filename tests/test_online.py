@@ -73,6 +73,8 @@ def test_a_backbone_on_its_own_device_stays_there_and_its_head_is_moved(tie, tmp
     expected = hidden_states(teacher.model, IDS, POSITIONS)
     parent = nn.ModuleDict({"teacher": teacher, "other": nn.Linear(2, 2)}).to(META)
     assert {p.device for p in teacher.model.get_decoder().parameters()} == {CPU}
+    # what DDP looks at and synchronises
+    assert [n for n, _ in parent.named_parameters() if "teacher" in n] == ["teacher.head.weight"]
     assert head_of(teacher.model).weight.device == META
     assert teacher.model.get_input_embeddings().weight.device == CPU
     assert torch.equal(hidden_states(teacher.model, IDS, POSITIONS), expected)

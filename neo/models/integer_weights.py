@@ -20,7 +20,7 @@ OLDEST = "0.18"  # torchao
 # What its 4-bit products ask of a weight's rows on a CPU.
 CPU_ROWS = 16
 # Lightning's precisions under which activations on a CPU are as int4 needs them.
-CPU_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+CPU_PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def integer_weights(kind: str, device: torch.device, group_size: int) -> dict[str, Any]:
