@@ -8,7 +8,7 @@ the weights that their codes stand for: bitsandbytes' CPU kernels are wrong for 
 shapes, and a run takes them on a GPU only. Kinds whose library is not installed are left out.
 Results go to `benchmarks/results/quantization.{json,md}`.
 
-Usage: python benchmarks/quantization.py [--seeds 3] [--steps 500] [--rounds 9] [--threads N]
+Usage: python benchmarks/quantization.py [--seeds 3] [--steps 250] [--rounds 9] [--threads N]
 """
 
 import argparse
@@ -105,7 +105,7 @@ WAYS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="students trained for each way")
-    parser.add_argument("--steps", type=int, default=500, help="of a student's training")
+    parser.add_argument("--steps", type=int, default=250, help="of a student's training")
     parser.add_argument("--rounds", type=int, default=9, help="of timing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", default="quantization", help="of the two files of results")
@@ -115,7 +115,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     _quiet()
     ways = [w for w in WAYS if w.kind is None or find_spec(LIBRARIES[w.kind]) is not None]
-    report: dict[str, Any] = {"left_out": sorted({*LIBRARIES} - {str(w.kind) for w in ways})}
+    packages = ["torch", "transformers", *sorted({LIBRARIES[w.kind] for w in ways if w.kind})]
+    report: dict[str, Any] = {
+        "machine": describe_machine(arguments.threads, *packages),
+        "settings": {k: v for k, v in vars(arguments).items() if k != "name"},
+        "left_out": sorted({*LIBRARIES} - {str(w.kind) for w in ways}),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wide = str(folder / "wide")
@@ -123,19 +128,21 @@ def main() -> None:
         batches, vocab = validation()
         report["supervised_tokens"] = sum(batch.num_supervised for batch in batches)
         report["targets"] = targets(ways, batches, vocab)
-        report["memory"] = {p: memory(p, ways) for p in (MINI, wide)}
-        report["memory"]["wide"] = report["memory"].pop(wide)
+        report["memory"] = {"mini": memory(MINI, ways), "wide": memory(wide, ways)}
         report["seconds"] = forward_times(wide, ways, arguments.rounds)
+        write(report, arguments.name)  # students take long
         if arguments.seeds:
             trained = [way for way in TRAINED if way in ways]
             report["students"] = students(trained, batches, vocab, arguments, folder)
-    packages = ["torch", "transformers", *sorted({LIBRARIES[w.kind] for w in ways if w.kind})]
-    report["machine"] = describe_machine(arguments.threads, *packages)
-    report["settings"] = {k: v for k, v in vars(arguments).items() if k != "name"}
+            write(report, arguments.name)
     Console(width=160).print(as_markdown(report), markup=False)
+
+
+def write(report: dict[str, Any], name: str) -> None:
+    """Writes the two files of results."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    (RESULTS / f"{arguments.name}.md").write_text(as_markdown(report))
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / f"{name}.md").write_text(as_markdown(report))
 
 
 def mini_config(*overrides: str) -> Any:
@@ -309,7 +316,7 @@ def table(headings: list[str], rows: Iterable[list[str]]) -> str:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for readers, with workload and machine."""
-    mini, wide = report["memory"][MINI], report["memory"]["wide"]
+    mini, wide = report["memory"]["mini"], report["memory"]["wide"]
     full = report["seconds"][FULL.name]
     targets_headings = [
         "weights, dtype",
