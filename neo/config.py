@@ -46,6 +46,7 @@ WHERE_IT_RAN = (
     "experiment_name",
     "dry_run",
     "rerun",
+    "teacher.device",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

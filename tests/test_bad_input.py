@@ -138,6 +138,14 @@ REFUSED = {
     "unknown schema": ("data.schema=chat", "data.schema='chat': must be null or one of messages"),
     "val_share of 1": ("data.val_share=1", "data.val_share=1.0: must be at least 0 and below 1"),
     # what the method asks of the rest
+    "teacher on no device of this machine": (
+        "teacher.device=cuda:99",
+        "teacher.device='cuda:99': this machine has none; it has cpu",
+    ),
+    "teacher in groups of 48": (
+        "teacher.quantization_group_size=48",
+        "teacher.quantization_group_size=48: is of quantization=int4, and that is None",
+    ),
     "teacher missing": (
         "teacher.path=null",
         "teacher.path=null: loss.kd_ratio=0.5 needs a teacher",

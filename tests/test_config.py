@@ -39,7 +39,7 @@ def changed(config, path, value):
     "path",
     ["logger", "run_dir", "experiment_name", "dry_run", "rerun", "trainer.accelerator",
      "trainer.devices", "trainer.num_nodes", "trainer.enable_progress_bar",
-     "trainer.log_every_n_steps"],
+     "trainer.log_every_n_steps", "teacher.device"],
 )  # fmt: skip
 def test_where_and_how_loudly_a_run_ran_does_not_change_its_id(path, default):
     assert run_id(changed(default, path, "other")) == run_id(default)

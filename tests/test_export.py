@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from fits import fit, whole_and_cut
+from lab import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -281,12 +282,11 @@ def test_a_branch_on_a_base_that_was_drawn_is_exported_merged(student_dir, tmp_p
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs pip install 'llm-neo[quant]'")
-def test_a_branch_on_4_bits_is_merged_into_the_weights_it_was_trained_on(
-    student_dir, tmp_path, monkeypatch
-):
+def test_a_branch_on_4_bits_is_merged_into_the_weights_it_was_trained_on(tmp_path, monkeypatch):
+    base = tiny_model(tmp_path / "base", hidden=64, seed=1)  # rows of whole blocks, for a CPU
     monkeypatch.setattr(quantization, "_no_device", lambda accelerator: None)  # a CPU will do
     run = tmp_path / "run"
-    fit(student_dir, None, run, "lora=qlora", "method=lora", "optim.lr=0.05",
+    fit(base, None, run, "lora=qlora", "method=lora", "optim.lr=0.05",
         "trainer.max_steps=5", "trainer.max_epochs=-1", "data.batch_size=1")  # fmt: skip
     adapter = export(run, tmp_path / "adapter")
     assert adapter.what == "a PEFT adapter (as trained, for its base in nf4)"
@@ -294,7 +294,7 @@ def test_a_branch_on_4_bits_is_merged_into_the_weights_it_was_trained_on(
     assert "dequantised" in merged.what
     assert max(adapter.share, merged.share) < 1e-4
     probe = load_file(run / PROBE)
-    full = AutoModelForCausalLM.from_pretrained(student_dir)
+    full = AutoModelForCausalLM.from_pretrained(base)
     elsewhere = PeftModel.from_pretrained(full, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert (elsewhere(input_ids=probe["input_ids"]).logits - probe["logits"]).abs().max() > 0.1

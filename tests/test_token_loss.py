@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from lab import FAMILIES, ROWS, tokenizer
 from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from neo.data.packing import RowReport, collate
@@ -12,6 +15,7 @@ from neo.losses.distillation import Distillation
 from neo.losses.divergences import forward_kl
 from neo.models.head import head_of
 from neo.models.student import inner, trained_parameters
+from neo.teachers.online import FrozenTeacher
 from neo.training.token_loss import batch_sums, one_later
 
 VOCAB = 60  # of 64 rows: the last are padding
@@ -267,3 +271,27 @@ def test_a_frozen_head_gets_no_gradient(batch, teacher):
     head = head_of(inner(student))
     assert head.weight.grad is None
     assert not head.weight.requires_grad
+
+
+def test_of_a_teacher_apart_only_hidden_states_of_supervised_tokens_travel(batch, teacher):
+    travelled = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to and isinstance(args[-1], torch.device):
+                travelled.append(args[0])
+            return func(*args, **kwargs or {})
+
+    model = copy.deepcopy(teacher)
+    expected = batch_sums(base(), model, batch, Distillation(kd_ratio=0.3), VOCAB)
+    apart = FrozenTeacher(model, torch.device("cpu")).model
+    student = base()
+    with Watch():
+        actual = batch_sums(student, apart, batch, Distillation(kd_ratio=0.3), VOCAB)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.kd, expected.kd)
+    floats = [t for t in travelled if t.is_floating_point()]
+    tokens = int((batch.targets != IGNORE).sum())
+    # the student's are on their device; of the teacher nothing else left its own
+    assert [tuple(t.shape) for t in floats] == [(tokens, 32), (tokens, 48)]
+    assert tokens < batch.targets.numel() / 2

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from neo.models.head import gathered, head_of
+from neo.models.integer_weights import INTEGERS
 from neo.models.quantization import KINDS, four_bit, keep_layout
 
 MINI = Path(__file__).parent / "mini"
@@ -39,6 +40,8 @@ class CausalLM:
         random_init: Take the architecture and tokenizer of `path` but fresh weights.
     """
 
+    quantizations: ClassVar[tuple[str, ...]] = KINDS  # that may be asked for
+
     path: str | None
     revision: str | None = None
     dtype: str = "auto"
@@ -51,14 +54,19 @@ class CausalLM:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
-        if self.quantization is not None and self.quantization not in KINDS:
+        if self.quantization is not None and self.quantization not in self.quantizations:
+            why = (
+                "; integers are for teachers: 4-bit ones have no gradient, and that of 8-bit ones "
+                "keeps each weight in full"
+            ) * (self.quantization in INTEGERS)
             raise ValueError(
-                f"quantization={self.quantization!r}: must be null or one of {', '.join(KINDS)}"
+                f"quantization={self.quantization!r}: must be null or one of "
+                f"{', '.join(self.quantizations)}{why}"
             )
         if self.quantization is not None and self.random_init:
             raise ValueError(
                 f"quantization={self.quantization!r}: random_init=true draws weights, which a "
-                "frozen 4-bit base would keep; use quantization=null or random_init=false"
+                "frozen quantised base would keep; use quantization=null or random_init=false"
             )
 
     @property
@@ -174,8 +182,7 @@ class CausalLM:
     def _with_weights(
         self, dtype: torch.dtype, device: torch.device, **source: Any
     ) -> PreTrainedModel:
-        kind = self.quantization
-        quantized = {} if kind is None else four_bit(kind, dtype, device)
+        quantized = self._quantized(dtype, device)
         try:
             # use_safetensors: unpickling a .bin can run code.
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -196,9 +203,17 @@ class CausalLM:
                 f"path={self.path!r}: the weights of {len(missing)} tensors are missing, "
                 f"such as {missing[0]}"
             )
-        if kind is not None:
-            keep_layout(model)
+        keep_layout(model)
         return model
+
+    def _quantized(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """What makes `from_pretrained` quantise weights as it reads them; nothing where all stay.
+
+        Raises:
+            ValueError: What that needs is missing, or the model does not fit.
+        """
+        kind = self.quantization
+        return {} if kind is None else four_bit(kind, dtype, device)
 
     def identity(self) -> dict[str, str]:
         """What the weights are: the hub's commit, or a hash of the folder's files.

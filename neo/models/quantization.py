@@ -1,4 +1,7 @@
-"""A frozen base of 4-bit weights, through bitsandbytes (QLoRA, arXiv:2305.14314).
+"""Frozen weights of fewer bits: 4-bit floats, through bitsandbytes (QLoRA, arXiv:2305.14314).
+
+Integer weights are in `integer_weights`; what stands against a config that asks for either is
+found here.
 
 Of `peft.prepare_model_for_kbit_training` nothing is needed here. It freezes the base, as attaching
 a branch does. It makes norms, embedding and head float32; but norms of transformers compute in
@@ -11,8 +14,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
+
+from neo.models.integer_weights import INTEGERS, integer_problems
 
 KINDS = ("nf4", "fp4")
 OLDEST = "0.50"  # bitsandbytes
@@ -62,30 +69,114 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """The model with every 4-bit weight as the number that it stands for, all in float32."""
+    exact = {
+        name: _stands_for(module.weight)
+        for name, module in model.named_modules()
+        if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None
+    }
     # It warns of the dtype that it was asked for.
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     model.dequantize(dtype=torch.float32)
+    for name, weight in exact.items():
+        cast(Any, model.get_submodule(name)).weight.data = weight
     return model.float()
 
 
+def _stands_for(weight: Any) -> Float[Tensor, "out in"]:
+    """What 4-bit codes stand for: a level of the kind, times the largest weight of the block.
+
+    Read off the codes here, since on CPUs with AVX-512 bitsandbytes 0.50 gives the wrong numbers
+    where a row is no whole number of blocks.
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = weight.quant_state
+    largest = state.absmax
+    if state.nested:
+        largest = dequantize_blockwise(largest, state.state2) + state.offset
+    packed = weight.data.view(torch.uint8).flatten()
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+    values = state.code.float()[codes][: state.shape.numel()]
+    blocks = torch.arange(len(values), device=values.device) // state.blocksize
+    return (values * largest.float().flatten()[blocks]).view(state.shape)
+
+
 def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What stands against the 4-bit models that a run's config asks for.
+    """What stands against the quantised models that a run's config asks for.
 
     Groups that are wrong by themselves are others' to report.
     """
     if not isinstance(config["trainer"], Mapping):
         return
-    accelerator = config["trainer"].get("accelerator", "auto")
-    for role in ("student", "teacher"):
+    for role, kinds in (("student", KINDS), ("teacher", (*KINDS, *INTEGERS))):
         kind = config[role].get("quantization")
-        if kind not in KINDS or config[role].get("path") is None:
+        if kind not in kinds or config[role].get("path") is None:
             continue
-        for problem in (_lacking(), _no_device(accelerator)):
-            if problem:
-                yield f"{role}.quantization={kind!r}: {problem}"
+        problems = _four_bit_problems if kind in KINDS else _integer_problems
+        for problem in (*problems(config, role), *_sharding_problems(config, role)):
+            yield f"{role}.quantization={kind!r}: {problem}"
         if role == "student":
             for problem in _student_problems(config):
                 yield f"student.quantization={kind!r}: {problem}"
+
+
+def _four_bit_problems(config: Mapping[str, Any], role: str) -> Iterator[str]:
+    if problem := _lacking():
+        yield problem
+    own = _own_device(config, role)
+    if own is None:
+        if problem := _no_device(config["trainer"].get("accelerator", "auto")):
+            yield problem
+    elif not own.startswith("cuda"):
+        yield (
+            f"needs a CUDA device, and teacher.device={own!r} is none; use teacher.device=null "
+            "or one such as cuda:1, quantization=int8, or quantization=null"
+        )
+
+
+def _integer_problems(config: Mapping[str, Any], role: str) -> Iterator[str]:
+    own = _own_device(config, role)
+    accelerator = _device_type(config["trainer"].get("accelerator", "auto"))
+    device_type = accelerator if own is None else own.split(":")[0]
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return  # the trainer, or the teacher's device, is refused
+    precision = str(config["trainer"].get("precision"))
+    # autocast is for the student's kind of device, Lightning's casts are for what it moves
+    reached = own is None or (device_type == accelerator and precision.endswith("-mixed"))
+    yield from integer_problems(
+        config[role]["quantization"],
+        str(config[role].get("dtype", "auto")),
+        device_type,
+        ALIASES.get(precision, precision) if reached else None,
+    )
+
+
+def _sharding_problems(config: Mapping[str, Any], role: str) -> Iterator[str]:
+    """Why quantised weights cannot lie in shards: FSDP shards plain tensors of floats only."""
+    keys = []
+    if config["trainer"].get("strategy") == "fsdp":
+        keys.append("trainer.strategy=fsdp")
+    if role == "teacher" and config.get("sharding") == "teacher":
+        keys.append("sharding=teacher")
+    for key in keys:
+        yield (
+            f"{key} shards weights in floats, not quantised ones; they are small: use trainer=ddp "
+            f"and sharding=null, which replicate the {role}, or {role}.quantization=null"
+        )
+
+
+def _own_device(config: Mapping[str, Any], role: str) -> str | None:
+    device = config[role].get("device") if role == "teacher" else None
+    return device if isinstance(device, str) else None
+
+
+def _device_type(accelerator: Any) -> str:
+    """The torch device that Lightning takes."""
+    if accelerator in ON_CUDA and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu" if accelerator == "auto" else str(accelerator).replace("gpu", "cuda")
 
 
 def _student_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from neo.config import SPECS, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
+from neo.teachers.device import device_problems
 from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
@@ -31,7 +32,8 @@ def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between the groups, and with the root keys."""
     yield from _method_problems(config)
     yield from quantization_problems(config)
-    yield from _device_problems(config)
+    yield from _spread_problems(config)
+    yield from device_problems(config)
     data = config["data"]
     mini = data.get("_target_") == "neo.data.mini_data.MiniData"
     split = config["eval_split"]
@@ -55,7 +57,7 @@ def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"seed={config['seed']}: must lie in [0, 2**32)"
 
 
-def _device_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _spread_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between how a run is spread over devices and what it trains."""
     strategy, sharding = config["trainer"].get("strategy", "auto"), config["sharding"]
     student, teacher = config["student"], config["teacher"]

@@ -42,7 +42,11 @@ class _Product(torch.autograd.Function):
 
 
 def speed_up_frozen(backbone: nn.Module) -> None:
-    """Makes every frozen `nn.Linear` in the backbone a `FrozenLinear`, in place."""
+    """Makes every frozen `nn.Linear` in the backbone a `FrozenLinear`, in place.
+
+    torchao's quantised weights are a subclass of tensors in a plain `nn.Linear`: those stay.
+    """
     for module in backbone.modules():
-        if type(module) is nn.Linear and not module.weight.requires_grad:
+        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        if plain and not module.weight.requires_grad:
             module.__class__ = FrozenLinear

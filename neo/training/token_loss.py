@@ -75,7 +75,9 @@ class _Outputs:
 
 
 def _outputs(model: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch length"]) -> _Outputs:
-    hidden = hidden_states(model, batch.input_ids, batch.position_ids)[which]
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids)
+    # Of a teacher on a device of its own, nothing but the tokens wanted travels.
+    hidden = hidden[which.to(hidden.device)].to(which.device)
     head = head_of(model)
     lora = head.lora
     return _Outputs(
