@@ -46,6 +46,9 @@ WHERE_IT_RAN = (
     "experiment_name",
     "dry_run",
     "rerun",
+    "keep_last",
+    "keep_best",
+    "max_skipped_steps",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -83,6 +86,9 @@ class RunConfig:
     seed: int = 0
     eval_split: str | None = None
     checkpoint_every_n_steps: int = 500
+    keep_last: int = 1
+    keep_best: int = 0
+    max_skipped_steps: int = 10
     dry_run: bool = False
     rerun: bool = False
 

@@ -4,10 +4,12 @@ Usage: python -m neo.train [group=choice ...] [key=value ...]; `--help` explains
 """
 
 import logging
+import math
 import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from safetensors import SafetensorError
 
 from neo.config import (
     GROUPS,
@@ -44,26 +47,30 @@ from neo.data.packing import RowReport
 from neo.models.start import Start
 from neo.models.student import inner, save_student, trained_parameters
 from neo.results.records import RunRecord, finite, provenance, write_record
-from neo.training.callbacks import (
-    Checkpoints,
-    DivergedError,
-    ProgressBar,
-    StopOnNaN,
-    Throughput,
-)
+from neo.training.callbacks import ProgressBar, Throughput
+from neo.training.checkpoint_callback import Checkpoints
+from neo.training.checkpoints import newest_good, remove_checkpoints
 from neo.training.consistency import check_config
 from neo.training.exact_match import exact_match
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule
+from neo.training.out_of_memory import OutOfMemory, explained, is_out_of_memory
 from neo.training.peak_memory import PeakMemory
 from neo.training.run_folder import recorded_run
+from neo.training.signals import Interrupted, StopSignals, requeue
+from neo.training.skipped_steps import DivergedError
 from neo.training.summary import print_plan, print_result
 from neo.training.trainer import build_trainer
 
+
+class OutputError(RuntimeError):
+    """The trained weights could not be written where they belong."""
+
+
 # What a user's config, and what a user's data, models or machine may raise.
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
-FAILED = (ValueError, DivergedError, MisconfigurationException, torch.OutOfMemoryError)
+FAILED = (ValueError, DivergedError, MisconfigurationException, OutOfMemory, OutputError)
 CHOICES = "teacher=none, lora=none or logger=csv"
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -88,6 +95,7 @@ def _job(composed: DictConfig) -> None:
         train(composed)
     except (*REFUSED, *FAILED) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
+            traceback.clear_frames(error.__traceback__)  # which hold the models of this job
             raise  # the other jobs of the sweep go on, and Hydra raises it at the end
         _leave(error, 2 if isinstance(error, REFUSED) else 1)
 
@@ -159,6 +167,11 @@ class Run:
         self.specs, self.meeting, self.data = specs, meeting, data
         self.metrics: dict[str, float] = {}
         self.throughput, self.memory = Throughput(), PeakMemory()
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", config["checkpoint_every_n_steps"],
+            config["keep_last"], config["keep_best"], console.print,
+        )  # fmt: skip
+        self.signals = StopSignals(self.checkpoints)
         self.num_trainable_parameters = meeting.num_trainable_parameters
         self.num_tokens: int | None = None
         self.peak_gib: float | None = None
@@ -169,12 +182,18 @@ class Run:
         OmegaConf.save(OmegaConf.create(self.config), self.folder / "config.yaml")
         (self.folder / "record.json").unlink(missing_ok=True)
         began, started_at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        status, error, raised = "ok", None, None
+        status, error = "ok", None
+        raised: BaseException | None = None
         try:
-            self._fit()
+            with self.signals:
+                self._fit()
         except BaseException as exception:
-            status, raised = _status_of(exception), exception
-            error = f"{type(exception).__name__}: {exception}".splitlines()[0]
+            out_of_memory = is_out_of_memory(exception)
+            raised = explained(exception, self.config) if out_of_memory else exception
+            status = _status_of(raised)
+            error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        if num_failures := self.checkpoints.files.num_failures:
+            self.metrics["perf/failed_checkpoints"] = num_failures
         choices, overrides = _hydra_choices()
         trainer = self.__dict__.get("trainer")
         for logger in [] if trainer is None else trainer.loggers:
@@ -212,21 +231,25 @@ class Run:
         )
         write_record(record, self.folder)
         print_result(console, record, self.folder)
+        if isinstance(raised, Interrupted):
+            requeue(raised, console.print)
         if raised is not None:
             raise raised
         return record
 
     def _fit(self) -> None:
         """Trains, validates, answers, and writes the trained weights."""
-        config, folder = self.config, self.folder
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        resuming = checkpoint.exists() and not config["rerun"]
+        config = self.config
+        if config["rerun"]:
+            remove_checkpoints(self.checkpoints.folder)
+        checkpoint = newest_good(self.checkpoints.folder, console.print)
         step = start = None
-        if resuming:
+        if checkpoint is not None:
             held = torch.load(checkpoint, weights_only=True, map_location="cpu")
             step, kept = held["global_step"], held["neo"]["start"]
             start = None if kept is None else Start(**kept)
             del held  # Lightning loads the weights and moments itself
+            self.checkpoints.written = step
             console.print(f"going on from step {step} of {checkpoint}")
         module = NeoModule(
             **{key: self.specs[key] for key in ("student", "teacher", "lora", "loss", "optim")},
@@ -234,13 +257,14 @@ class Run:
             seed=config["seed"],
             start=start,
             memory=self.memory,
+            max_skipped_steps=config["max_skipped_steps"],
         )
         self.trainer = trainer = self._trainer(step)
         try:
             trainer.fit(
                 module,
                 datamodule=self.data,
-                ckpt_path=str(checkpoint) if resuming else None,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
                 weights_only=True,
             )
         finally:
@@ -255,25 +279,45 @@ class Run:
             self.metrics["perf/tokens_per_s"] = self.throughput.tokens_per_s(module)
             if self.peak_gib is not None:
                 self.metrics["perf/peak_mem_gib"] = self.peak_gib
+            if module.skipped.num:
+                self.metrics["train/skipped_steps"] = module.skipped.num
+        self.checkpoints.save(trainer)  # before what follows can fail or be stopped
+        self.signals.check_end(trainer)
         if self.data.num_val_rows:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
+            self.checkpoints.score(trainer, last["val/loss"])
         if config["eval_split"]:
             source: Any = self.data.data
             rows = source.test_rows() if config["eval_split"] == "test" else source.val_rows()
             self.metrics |= exact_match(
                 inner(module.student), self.meeting.tokenizer, self.data.encoder, rows
             )
-        trainer.save_checkpoint(checkpoint)
-        save_student(module.student, self.meeting.tokenizer, folder)
+        self._write(module.student)
+        if not math.isfinite(self.metrics.get("val/loss", 0.0)):
+            raise DivergedError(f"val/loss is {self.metrics['val/loss']} behind the last step")
+
+    def _write(self, student: torch.nn.Module) -> None:
+        """Writes the trained weights.
+
+        Raises:
+            OutputError: They could not be written.
+        """
+        try:
+            save_student(student, self.meeting.tokenizer, self.folder)
+        except (OSError, SafetensorError) as error:
+            kept = self.checkpoints.written
+            raise OutputError(
+                f"{self.folder}: the trained weights could not be written: {error}\n"
+                + ("No checkpoint could be, either" if kept is None else
+                   f"They lie in the checkpoint of step {kept}: once there is room, start the "
+                   "same run again, and it goes on from there")
+            ) from error  # fmt: skip
 
     def _trainer(self, resume_step: int | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
         config = self.config
-        checkpoints = Checkpoints(
-            self.folder / "checkpoints" / "last.ckpt", config["checkpoint_every_n_steps"]
-        )
-        callbacks: list[L.Callback] = [self.throughput, StopOnNaN(), checkpoints]
+        callbacks: list[L.Callback] = [self.throughput, self.checkpoints, self.signals]
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
         loggers = [MetricsFile(self.folder, resume_step)]
@@ -299,7 +343,7 @@ def _row_counts(report: RowReport) -> dict[str, Any]:
 
 
 def _status_of(exception: BaseException) -> str:
-    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
+    if isinstance(exception, OutOfMemory):
         return "oom"
     if isinstance(exception, DivergedError):
         return "diverged"

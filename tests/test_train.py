@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import ROWS, fit, history, power_cut, trained
+from fits import ROWS, checkpoint, fit, history, power_cut, trained
 from lab import compose_raw
 
 from neo.config import ConfigError, run_id
 from neo.results.records import read_record
 from neo.train import train
-from neo.training.callbacks import DivergedError
 from neo.training.module import NeoModule
+from neo.training.skipped_steps import DivergedError
 
 FILES = {
     "alpaca": ROWS / "alpaca.json",
@@ -104,8 +104,7 @@ def test_a_folder_that_holds_another_run_is_refused(student_dir, tmp_path):
 
 def test_a_checkpoint_holds_what_was_trained_and_no_code(student_dir, teacher_dir, tmp_path):
     record = fit(student_dir, teacher_dir, tmp_path, "trainer.max_steps=1")
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    names = checkpoint["state_dict"]
+    names = checkpoint(tmp_path)["state_dict"]
     assert names
     assert all("lora_" in name for name in names)
     assert sum(value.numel() for value in names.values()) == record.num_trainable_parameters

@@ -1,0 +1,111 @@
+"""When a run saves its state: every so many steps, at its best validations, and where it stops."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+
+from neo.training.checkpoints import CheckpointFiles, checkpoint_file
+from neo.training.module import NeoModule
+
+
+class Checkpoints(L.Callback):
+    """Saves the state of the run in one file a step, between two optimizer steps.
+
+    Lightning's ModelCheckpoint saves at the last batch of an epoch, too. From there Lightning 2.6.6
+    goes on with its batches counted on into the next epoch, which groups the micro-batches of a
+    step otherwise; the step after it is as good a place.
+
+    Args:
+        folder: Where they lie.
+        every_n_steps: Optimizer steps from one to the next.
+        keep_last: How many of the newest are kept.
+        keep_best: How many are kept besides for their `val/loss`, the weighted sum of cross-entropy
+            and divergence that is optimized (without a teacher the cross-entropy). With 1 or more,
+            a validation that is among the best is followed by a checkpoint, unless it fell inside
+            an optimizer step or on the last batch of an epoch, which is said once.
+        say: Told what could not be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_n_steps: int,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.folder, self.every_n_steps, self.keep_best, self.say = (
+            folder, every_n_steps, keep_best, say)  # fmt: skip
+        self.files = CheckpointFiles(folder, keep_last, keep_best, say)
+        self.saved_at = 0  # step, of the last attempt
+        self.written: int | None = None  # step, of the last success
+        self.said = False
+        # Lightning's counters as they were behind a whole step, until the next batch begins.
+        self.resumable: dict[str, Any] | None = None
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Whoever saves through the trainer saves through our files."""
+        trainer.strategy.checkpoint_io = self.files
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Counts from where the run begins or goes on."""
+        self.saved_at = trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """From here on the step before cannot be gone back to."""
+        self.resumable = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        """Saves where a run can go on as if it had never stopped: between two steps."""
+        if cast(NeoModule, module).step_sums is not None or trainer.is_last_batch:
+            return
+        self.resumable = trainer.fit_loop.state_dict()
+        if trainer.global_step - self.saved_at >= self.every_n_steps:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Keeps weights that are among the best so far."""
+        found = trainer.callback_metrics.get("val/loss")
+        if not self.keep_best or trainer.state.fn != "fit" or found is None:
+            return
+        val_loss = float(found)
+        # All processes have the same sum, the first alone need see the files.
+        best = trainer.is_global_zero and self.files.is_among_best(val_loss)
+        if not math.isfinite(val_loss) or not trainer.strategy.broadcast(best):
+            return
+        if self.resumable is not None:
+            self.save(trainer, val_loss)
+        elif not self.said and trainer.is_global_zero:
+            self.said = True
+            self.say(
+                "keep_best passes over validations inside an optimizer step or on the last batch "
+                "of an epoch; trainer.val_check_interval should be a multiple of "
+                "trainer.accumulate_grad_batches"
+            )
+
+    def save(self, trainer: L.Trainer, val_loss: float | None = None) -> None:
+        """Saves this step, by all processes at the same time; an error waits in `files.failure`."""
+        step = trainer.global_step
+        self.saved_at = step
+        if self.written != step:
+            self.files.val_loss = val_loss
+            trainer.save_checkpoint(checkpoint_file(self.folder, step))
+        elif val_loss is not None:
+            self.score(trainer, val_loss)
+        if self.files.failure is None:
+            self.written = step
+
+    def score(self, trainer: L.Trainer, val_loss: float) -> None:
+        """Notes the validation loss of the weights that were saved at this step."""
+        if trainer.is_global_zero and self.written == trainer.global_step:
+            self.files.score(trainer.global_step, val_loss)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Puts Lightning's counters back behind the step, where they have begun to validate."""
+        if self.resumable is not None:
+            checkpoint["loops"]["fit_loop"] = self.resumable
