@@ -14,9 +14,10 @@ from neo.training.module import NeoModule
 class Checkpoints(L.Callback):
     """Saves the state of the run in one file a step, between two optimizer steps.
 
-    Lightning's ModelCheckpoint saves at the last batch of an epoch, too. From there Lightning 2.6.6
-    goes on with its batches counted on into the next epoch, which groups the micro-batches of a
-    step otherwise; the step after it is as good a place.
+    From a state that was saved at the last batch of an epoch, Lightning 2.6.6 goes on with its
+    batches counted on into the next epoch, which groups the micro-batches of a step otherwise, if
+    the epoch's are no multiple of them. Here they are counted from 0, so that every step is a place
+    to go on from.
 
     Args:
         folder: Where they lie.
@@ -25,7 +26,7 @@ class Checkpoints(L.Callback):
         keep_best: How many are kept besides for their `val/loss`, the weighted sum of cross-entropy
             and divergence that is optimized (without a teacher the cross-entropy). With 1 or more,
             a validation that is among the best is followed by a checkpoint, unless it fell inside
-            an optimizer step or on the last batch of an epoch, which is said once.
+            an optimizer step, which is said once.
         say: Told what could not be written.
     """
 
@@ -60,11 +61,18 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         """Saves where a run can go on as if it had never stopped: between two steps."""
-        if cast(NeoModule, module).step_sums is not None or trainer.is_last_batch:
+        if cast(NeoModule, module).step_sums is not None:
             return
         self.resumable = trainer.fit_loop.state_dict()
+        if trainer.is_last_batch:
+            count = self.resumable["epoch_loop.batch_progress"]["current"]
+            count |= {"ready": 0, "started": 0, "processed": 0, "completed": -1}  # counted up first
         if trainer.global_step - self.saved_at >= self.every_n_steps:
             self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Behind the last step Lightning's own counters say that there is none to come."""
+        self.resumable = None
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keeps weights that are among the best so far."""
@@ -81,9 +89,8 @@ class Checkpoints(L.Callback):
         elif not self.said and trainer.is_global_zero:
             self.said = True
             self.say(
-                "keep_best passes over validations inside an optimizer step or on the last batch "
-                "of an epoch; trainer.val_check_interval should be a multiple of "
-                "trainer.accumulate_grad_batches"
+                "keep_best passes over validations inside an optimizer step; "
+                "trainer.val_check_interval should be a multiple of trainer.accumulate_grad_batches"
             )
 
     def save(self, trainer: L.Trainer, val_loss: float | None = None) -> None:

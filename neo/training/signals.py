@@ -112,7 +112,7 @@ class StopSignals(L.Callback):
             raise _interrupted(signum, "behind the last step, with a checkpoint")
 
     def _leave_if_asked(self, trainer: L.Trainer) -> None:
-        if self.checkpoints.resumable is None:  # inside a step, or at the last batch of an epoch
+        if self.checkpoints.resumable is None:  # inside a step
             return
         if not (signum := self._agreed(trainer)):
             return
