@@ -241,15 +241,14 @@ for step in range(1, 10**6):
 
 @pytest.mark.slow
 def test_a_writer_that_is_killed_at_any_time_leaves_a_good_checkpoint(tmp_path):
-    for turn in range(8):
-        writer = subprocess.Popen(
+    for turn in range(4):
+        with subprocess.Popen(
             [sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout.readline()
-        time.sleep(0.013 * turn)
-        writer.kill()
-        done = [int(line) for line in writer.stdout.read().split()] or [1]
-        writer.wait()
+        ) as writer:
+            assert writer.stdout.readline()
+            time.sleep(0.013 * (turn + 1))
+            writer.kill()
+            done = [int(line) for line in writer.stdout.read().split()] or [1]
         good = newest_good(tmp_path, lambda line: None)
         assert held(good) >= done[-1]
         write_checkpoint(state(10**7), checkpoint_file(tmp_path, 10**7))

@@ -43,8 +43,9 @@ class Checkpoints(L.Callback):
         self.files = CheckpointFiles(folder, keep_last, keep_best, say)
         self.saved_at = 0  # step, of the last attempt
         self.written: int | None = None  # step, of the last success
+        self.best: float | None = None  # validation loss of this step, if it is among the best
         self.said = False
-        # Lightning's counters as they were behind a whole step, until the next batch begins.
+        # Lightning's counters as they were behind this step, while there is none under way.
         self.resumable: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -55,19 +56,32 @@ class Checkpoints(L.Callback):
         """Counts from where the run begins or goes on."""
         self.saved_at = trainer.global_step
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """From here on the step before cannot be gone back to."""
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The data are in the new epoch already: the step before cannot be gone back to."""
         self.resumable = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        """Saves where a run can go on as if it had never stopped: between two steps."""
+        """Notes where Lightning stands between two steps."""
         if cast(NeoModule, module).step_sums is not None:
+            self.resumable = None
             return
         self.resumable = trainer.fit_loop.state_dict()
         if trainer.is_last_batch:
             count = self.resumable["epoch_loop.batch_progress"]["current"]
             count |= {"ready": 0, "started": 0, "processed": 0, "completed": -1}  # counted up first
-        if trainer.global_step - self.saved_at >= self.every_n_steps:
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves the step before, if it is due; by now it is logged, and validated."""
+        self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves the last step of an epoch, if it is due."""
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        if self.resumable is None:
+            return
+        if self.best is not None or trainer.global_step - self.saved_at >= self.every_n_steps:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -75,17 +89,17 @@ class Checkpoints(L.Callback):
         self.resumable = None
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keeps weights that are among the best so far."""
+        """Asks for weights that are among the best so far to be kept."""
         found = trainer.callback_metrics.get("val/loss")
         if not self.keep_best or trainer.state.fn != "fit" or found is None:
             return
         val_loss = float(found)
-        # All processes have the same sum, the first alone need see the files.
+        # All processes have the same sum; the first alone need see the files.
         best = trainer.is_global_zero and self.files.is_among_best(val_loss)
         if not math.isfinite(val_loss) or not trainer.strategy.broadcast(best):
             return
         if self.resumable is not None:
-            self.save(trainer, val_loss)
+            self.best = val_loss
         elif not self.said and trainer.is_global_zero:
             self.said = True
             self.say(
@@ -93,15 +107,14 @@ class Checkpoints(L.Callback):
                 "trainer.val_check_interval should be a multiple of trainer.accumulate_grad_batches"
             )
 
-    def save(self, trainer: L.Trainer, val_loss: float | None = None) -> None:
+    def save(self, trainer: L.Trainer) -> None:
         """Saves this step, by all processes at the same time; an error waits in `files.failure`."""
         step = trainer.global_step
         self.saved_at = step
-        if self.written != step:
-            self.files.val_loss = val_loss
-            trainer.save_checkpoint(checkpoint_file(self.folder, step))
-        elif val_loss is not None:
-            self.score(trainer, val_loss)
+        self.files.val_loss, self.best = self.best, None
+        if self.written == step:
+            return
+        trainer.save_checkpoint(checkpoint_file(self.folder, step))
         if self.files.failure is None:
             self.written = step
 
@@ -113,6 +126,6 @@ class Checkpoints(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Puts Lightning's counters back behind the step, where they have begun to validate."""
+        """Puts Lightning's counters back behind the step; they have gone on to what follows it."""
         if self.resumable is not None:
             checkpoint["loops"]["fit_loop"] = self.resumable

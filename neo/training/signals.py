@@ -94,13 +94,15 @@ class StopSignals(L.Callback):
         """No step follows that could be waited for."""
         self.waits = False
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        """Between two steps: leaves with a checkpoint if any process was asked to."""
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Between two steps, the last of which is logged: leaves if any process was asked to."""
         self._leave_if_asked(trainer)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Behind the last step of an epoch."""
+        self._leave_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Does not wait for the end of a validation."""
         if trainer.state.fn == "fit":
             self._leave_if_asked(trainer)
