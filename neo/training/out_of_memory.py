@@ -12,10 +12,12 @@ import torch
 _UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _NUMBER = r"([\d.]+) (bytes|KiB|MiB|GiB|TiB|B)\b"
 # Which part of a run a frame belongs to: by its file, and a word of its line. The innermost frame
-# decides, but whatever runs inside the backward pass, recomputed activations too, is of it.
+# decides, but whatever runs inside the backward pass, recomputed activations too, is of it. Forward
+# and backward run inside the optimizer's step, called back by Lightning.
 _PARTS = (
-    ("torch/autograd/", "", "the backward pass"),
+    ("torch/autograd/graph.py", "", "the backward pass"),
     ("torch/optim/", "", "the optimizer's step"),
+    ("lightning/pytorch/loops/optimization/", "", None),
     ("neo/losses/", "", "the loss"),
     ("neo/training/token_loss.py", "of_teacher = ", "the teacher's forward pass"),
     ("neo/training/token_loss.py", "of_student = ", "the student's forward pass"),
@@ -45,7 +47,8 @@ def explained(error: BaseException, config: Mapping[str, Any]) -> OutOfMemory:
     """The error with all that is known about it, and without the tensors its frames hold on to."""
     part = part_of(error)
     head = f"out of memory in {part}" if part else "out of memory"
-    lines = [f"{head}: {shortage(str(error)) or str(error).splitlines()[0]}", "What would help:"]
+    said = shortage(str(error)) or (str(error).splitlines() or ["nobody knows by how much"])[0]
+    lines = [f"{head}: {said}", "What would help:"]
     lines += [f"  {advice}" for advice in advice_for(config, part)]
     found = OutOfMemory("\n".join(lines))
     traceback.clear_frames(error.__traceback__)
@@ -143,7 +146,7 @@ def _free_on_cpu() -> float | None:
         if limit != resource.RLIM_INFINITY:
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             free.append(max(0, limit - held))
-    return min(free, default=None)
+    return float(min(free)) if free else None
 
 
 def _bytes(pattern: str, said: str) -> float | None:
