@@ -229,7 +229,11 @@ class Run:
             argv=["neo-train", *(argument.removeprefix("++") for argument in sys.argv[1:])],
             **provenance(torch.cuda.get_device_name() if gpu else None),
         )
-        write_record(record, self.folder)
+        try:
+            write_record(record, self.folder)
+        except OSError as full:
+            console.print(f"{self.folder}/record.json could not be written: {full}")
+            raised = raised or OutputError(f"{self.folder}/record.json: {full}")
         print_result(console, record, self.folder)
         if isinstance(raised, Interrupted):
             requeue(raised, console.print)
@@ -317,7 +321,7 @@ class Run:
     def _trainer(self, resume_step: int | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
         config = self.config
-        callbacks: list[L.Callback] = [self.throughput, self.checkpoints, self.signals]
+        callbacks: list[L.Callback] = [self.throughput, self.signals, self.checkpoints]
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
         loggers = [MetricsFile(self.folder, resume_step)]

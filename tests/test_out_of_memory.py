@@ -231,7 +231,7 @@ def test_a_process_that_may_not_allocate_ends_with_a_message_and_no_traceback(
     command = [
         sys.executable, "-c", LIMITED, "data=jsonl", rows, "trainer=cpu", "data.max_length=128",
         f"student.path={student_dir}", "teacher=none", "method=lora", "lora.r=4",
-        f"run_dir={tmp_path / 'run'}",
+        f"run_dir={tmp_path / 'run'}", "data.batch_size=2",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr

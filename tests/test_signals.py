@@ -12,6 +12,7 @@ import pytest
 import torch
 from fits import checkpoint, fit, history, trained
 from lab import write_rows
+from two_ranks import two_ranks
 
 from neo.models.causal_lm import CausalLM
 from neo.results.records import read_record
@@ -318,65 +319,13 @@ def test_a_second_sigterm_ends_a_process_that_hangs(rows, student_dir, tmp_path)
     assert process.returncode == -signal.SIGTERM
 
 
-TWO_RANKS = """
-import os, signal, sys
-from pathlib import Path
-import lightning as L
-sys.path.insert(0, sys.argv[1])
-from lab import tokenizer
-from neo.data.datamodule import DataModule
-from neo.data.stream import FileData
-from neo.losses.distillation import Distillation
-from neo.models.causal_lm import CausalLM
-from neo.models.variants import lora
-from neo.training.checkpoint_callback import Checkpoints
-from neo.training.module import NeoModule
-from neo.training.optim import AdamW
-from neo.training.signals import Interrupted, StopSignals
-from neo.training.trainer import OURS
-
-student, rows, folder, fatal = sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5])
-rank = int(os.environ["RANK"])
-
-class Kill(L.Callback):
-    def on_train_batch_start(self, trainer, module, *_):
-        if rank == fatal and trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-checkpoints = Checkpoints(folder, 1000)
-stop = StopSignals(checkpoints)
-data = DataModule(FileData(path=rows, max_length=64, batch_size=1, packing=False, val_share=0),
-                  tokenizer(), seed=0)
-module = NeoModule(CausalLM(path=student), None, lora(r=4, target_modules="all-linear"),
-                   Distillation(kd_ratio=0), AdamW(lr=0.01), vocab=len(tokenizer()))
-trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=9, logger=False,
-                    enable_progress_bar=False, log_every_n_steps=1, limit_val_batches=0,
-                    callbacks=[Kill(), checkpoints, stop], **OURS)
-try:
-    with stop:
-        trainer.fit(module, datamodule=data)
-except Interrupted as stopped:
-    (folder / f"rank{rank}").write_text(f"{stopped} {trainer.global_step}")
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_stop_at_the_same_step_when_one_of_them_is_asked(
     rank, student_dir, rows, tmp_path
 ):
-    script, folder = tmp_path / "two_ranks.py", tmp_path / "checkpoints"
-    script.write_text(TWO_RANKS)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         script, Path(__file__).parent, student_dir, rows.removeprefix("data.path="), folder,
-         str(rank)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    said = [folder / f"rank{rank}" for rank in (0, 1)]
-    assert all(file.exists() for file in said), done.stderr
-    assert said[0].read_text() == said[1].read_text()
-    assert "stopped by SIGTERM at step 3, with a checkpoint 3" in said[0].read_text()
-    (file,) = folder.glob("*.ckpt")
+    said = two_ranks(student_dir, rows.removeprefix("data.path="), tmp_path, "kill", rank)
+    assert said[0] == said[1] == "stopped by SIGTERM at step 3, with a checkpoint"
+    (file,) = tmp_path.glob("*.ckpt")
     assert checkpoints.fault_of(file) is None
     assert len(torch.load(file, weights_only=True)["neo"]["rng"]) == 2

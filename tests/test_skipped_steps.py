@@ -6,6 +6,7 @@ import torch
 from fits import checkpoint, fit, history, power_cut, trained
 from lab import write_rows
 from torch import nn
+from two_ranks import two_ranks
 
 from neo.data.packing import Batch
 from neo.losses.distillation import TokenSums
@@ -197,3 +198,11 @@ def test_the_count_goes_on_after_a_stop(spoil, rows, student_dir, tmp_path):
         fit(student_dir, None, tmp_path / "run", *SETTINGS, rows)
     record = fit(student_dir, None, tmp_path / "run", *SETTINGS, rows)
     assert record.metrics["train/skipped_steps"] == 2
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_a_step_that_is_no_number_on_one_of_them(rows, student_dir, tmp_path):
+    said = two_ranks(student_dir, rows.removeprefix("data.path="), tmp_path, "nan", 1)
+    assert said[0] == said[1]
+    assert said[0].startswith("1 skipped, ")
+    assert "nan" not in said[0]
