@@ -41,20 +41,11 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 # Keys that say where and how loudly a run ran; a run on another device is the same run.
 WHERE_IT_RAN = (
-    "logger",
-    "run_dir",
-    "experiment_name",
-    "dry_run",
-    "rerun",
-    "keep_last",
-    "keep_best",
-    "max_skipped_steps",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.enable_progress_bar",
+    "logger", "run_dir", "experiment_name", "dry_run", "rerun", "keep_last", "keep_best",
+    "max_skipped_steps",  # a run it does not end is the same run
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
-)
+)  # fmt: skip
 
 GROUPS = ("method", "student", "teacher", "lora", "loss", "data", "optim", "trainer", "logger")
 _GROUP_KEY = re.compile(rf"({'|'.join(GROUPS)})\.[\w.]+=")

@@ -27,7 +27,6 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from safetensors import SafetensorError
 
 from neo.config import (
     GROUPS,
@@ -45,28 +44,24 @@ from neo.config import (
 from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
 from neo.models.start import Start
-from neo.models.student import inner, save_student, trained_parameters
+from neo.models.student import inner, trained_parameters
 from neo.results.records import RunRecord, finite, provenance, write_record
 from neo.training.callbacks import ProgressBar, Throughput
 from neo.training.checkpoint_callback import Checkpoints
 from neo.training.checkpoints import newest_good, remove_checkpoints
 from neo.training.consistency import check_config
+from neo.training.ending import OutputError, ended_by, write_student
 from neo.training.exact_match import exact_match
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule
-from neo.training.out_of_memory import OutOfMemory, explained, is_out_of_memory
+from neo.training.out_of_memory import OutOfMemory
 from neo.training.peak_memory import PeakMemory
 from neo.training.run_folder import recorded_run
 from neo.training.signals import Interrupted, StopSignals, requeue
 from neo.training.skipped_steps import DivergedError
 from neo.training.summary import print_plan, print_result
 from neo.training.trainer import build_trainer
-
-
-class OutputError(RuntimeError):
-    """The trained weights could not be written where they belong."""
-
 
 # What a user's config, and what a user's data, models or machine may raise.
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
@@ -188,9 +183,7 @@ class Run:
             with self.signals:
                 self._fit()
         except BaseException as exception:
-            out_of_memory = is_out_of_memory(exception)
-            raised = explained(exception, self.config) if out_of_memory else exception
-            status = _status_of(raised)
+            status, raised = ended_by(exception, self.config)
             error = f"{type(raised).__name__}: {raised}".splitlines()[0]
         if num_failures := self.checkpoints.files.num_failures:
             self.metrics["perf/failed_checkpoints"] = num_failures
@@ -297,26 +290,10 @@ class Run:
             self.metrics |= exact_match(
                 inner(module.student), self.meeting.tokenizer, self.data.encoder, rows
             )
-        self._write(module.student)
+        saved = self.checkpoints.written == trainer.global_step
+        write_student(module.student, self.meeting.tokenizer, self.folder, saved)
         if not math.isfinite(self.metrics.get("val/loss", 0.0)):
             raise DivergedError(f"val/loss is {self.metrics['val/loss']} behind the last step")
-
-    def _write(self, student: torch.nn.Module) -> None:
-        """Writes the trained weights.
-
-        Raises:
-            OutputError: They could not be written.
-        """
-        try:
-            save_student(student, self.meeting.tokenizer, self.folder)
-        except (OSError, SafetensorError) as error:
-            kept = self.checkpoints.written
-            raise OutputError(
-                f"{self.folder}: the trained weights could not be written: {error}\n"
-                + ("No checkpoint could be, either" if kept is None else
-                   f"They lie in the checkpoint of step {kept}: once there is room, start the "
-                   "same run again, and it goes on from there")
-            ) from error  # fmt: skip
 
     def _trainer(self, resume_step: int | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
@@ -344,14 +321,6 @@ def _row_counts(report: RowReport) -> dict[str, Any]:
         "truncated": report.truncated,
         "bad": dict(report.bad),
     }
-
-
-def _status_of(exception: BaseException) -> str:
-    if isinstance(exception, OutOfMemory):
-        return "oom"
-    if isinstance(exception, DivergedError):
-        return "diverged"
-    return "interrupted" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
 
 
 def _hydra_choices() -> tuple[dict[str, str], list[str]]:

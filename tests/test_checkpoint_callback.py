@@ -10,12 +10,11 @@ from fits import checkpoint, fit, history, power_cut, trained
 from lab import write_rows
 from safetensors import SafetensorError
 
-from neo import train as train_file
 from neo.config import ConfigError
 from neo.results.records import read_record
-from neo.train import OutputError
-from neo.training import checkpoints
+from neo.training import checkpoints, ending
 from neo.training.checkpoints import checkpoint_file, fault_of, read_commit
+from neo.training.ending import OutputError
 from neo.training.module import NeoModule
 
 MANY = [{"prompt": f"{i} + 1?", "completion": str(i + 1)} for i in range(12)]
@@ -155,8 +154,8 @@ def test_outputs_that_cannot_be_written_fail_the_run_and_the_next_start_only_wri
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_file, "save_student", no_room)
-        with pytest.raises(OutputError, match="They lie in the checkpoint of step 12"):
+        patch.setattr(ending, "save_student", no_room)
+        with pytest.raises(OutputError, match="newest checkpoint holds them"):
             fit(student_dir, None, tmp_path / "run", *SETTINGS, rows)
     assert read_record(tmp_path / "run" / "record.json").status == "failed"
 
