@@ -41,21 +41,13 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 # Keys that say where and how loudly a run ran; a run on another device is the same run.
 WHERE_IT_RAN = (
-    "logger",
-    "run_dir",
-    "experiment_name",
-    "dry_run",
-    "rerun",
-    "teacher.device",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "sharding",
-    "torch_compile",
+    "logger", "run_dir", "experiment_name", "dry_run", "rerun", "keep_last", "keep_best",
+    "max_skipped_steps",  # a run it does not end is the same run
+    "sharding", "torch_compile", "teacher.device", "teacher.offload",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
-)
+)  # fmt: skip
 
 GROUPS = ("method", "student", "teacher", "lora", "loss", "data", "optim", "trainer", "logger")
 _GROUP_KEY = re.compile(rf"({'|'.join(GROUPS)})\.[\w.]+=")
@@ -87,6 +79,9 @@ class RunConfig:
     seed: int = 0
     eval_split: str | None = None
     checkpoint_every_n_steps: int = 500
+    keep_last: int = 1
+    keep_best: int = 0
+    max_skipped_steps: int = 10
     sharding: str | None = None
     torch_compile: bool = False
     dry_run: bool = False

@@ -4,10 +4,12 @@ Usage: python -m neo.train [group=choice ...] [key=value ...]; `--help` explains
 """
 
 import logging
+import math
 import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -43,16 +45,13 @@ from neo.config import (
 from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
 from neo.models.start import Start
-from neo.models.student import inner, save_student, trained_parameters
+from neo.models.student import inner, trained_parameters
 from neo.results.records import RunRecord, finite, provenance, read_record, write_record
-from neo.training.callbacks import (
-    Checkpoints,
-    DivergedError,
-    ProgressBar,
-    StopOnNaN,
-    Throughput,
-)
+from neo.training.callbacks import ProgressBar, Throughput
+from neo.training.checkpoint_callback import Checkpoints
+from neo.training.checkpoints import newest_good, remove_checkpoints
 from neo.training.consistency import check_config
+from neo.training.ending import OutputError, ended_by, write_student
 from neo.training.exact_match import exact_match
 from neo.training.launch import (
     LAUNCHED,
@@ -65,8 +64,11 @@ from neo.training.launch import (
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule, whole_student
+from neo.training.out_of_memory import OutOfMemory
 from neo.training.peak_memory import PeakMemory
 from neo.training.run_folder import recorded_run
+from neo.training.signals import Interrupted, StopSignals, requeue
+from neo.training.skipped_steps import DivergedError
 from neo.training.summary import print_plan, print_result
 from neo.training.trainer import build_trainer, num_processes
 
@@ -77,7 +79,8 @@ FAILED = (
     DivergedError,
     ProcessesFailed,
     MisconfigurationException,
-    torch.OutOfMemoryError,
+    OutOfMemory,
+    OutputError,
 )
 CHOICES = "teacher=none, lora=none or logger=csv"
 
@@ -106,6 +109,7 @@ def _job(composed: DictConfig) -> None:
         train(composed)
     except (*REFUSED, *FAILED) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
+            traceback.clear_frames(error.__traceback__)  # which hold the models of this job
             raise  # the other jobs of the sweep go on, and Hydra raises it at the end
         _leave(error, 2 if isinstance(error, REFUSED) else 1)
 
@@ -194,6 +198,11 @@ class Run:
         self.specs, self.meeting, self.data = specs, meeting, data
         self.metrics: dict[str, float] = {}
         self.throughput, self.memory = Throughput(), PeakMemory()
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", config["checkpoint_every_n_steps"],
+            config["keep_last"], config["keep_best"], console.print,
+        )  # fmt: skip
+        self.signals = StopSignals(self.checkpoints)
         self.num_trainable_parameters = meeting.num_trainable_parameters
         self.num_tokens: int | None = None
         self.report: RowReport | None = None  # of all processes, where they came to the end
@@ -244,18 +253,28 @@ class Run:
         Of several processes the first one writes it, and the others have none.
         """
         self._begin()
-        status, error, raised = "ok", None, None
+        status, error = "ok", None
+        raised: BaseException | None = None
         try:
-            self._fit()
+            with self.signals:
+                self._fit()
         except BaseException as exception:
-            status, raised = _status_of(exception), exception
-            error = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        record = self._write(status, error) if is_first_process() else None
+            status, raised = ended_by(exception, self.config)
+            error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        record = None
+        if is_first_process():
+            record, unwritten = self._write(status, error)
+            raised = raised or unwritten
+            if isinstance(raised, Interrupted):
+                requeue(raised, console.print)
         if raised is not None:
             raise raised
         return record
 
-    def _write(self, status: str, error: str | None) -> RunRecord:
+    def _write(self, status: str, error: str | None) -> tuple[RunRecord, OutputError | None]:
+        """The record, and what kept it from the disk."""
+        if num_failures := self.checkpoints.files.num_failures:
+            self.metrics["perf/failed_checkpoints"] = num_failures
         choices, overrides = _hydra_choices()
         trainer = self.__dict__.get("trainer")
         for logger in [] if trainer is None else trainer.loggers:
@@ -291,21 +310,30 @@ class Run:
             argv=["neo-train", *(argument.removeprefix("++") for argument in sys.argv[1:])],
             **provenance(torch.cuda.get_device_name() if gpu else None),
         )
-        write_record(record, self.folder)
+        unwritten = None
+        try:
+            write_record(record, self.folder)
+        except OSError as full:
+            console.print(f"{self.folder}/record.json could not be written: {full}")
+            unwritten = OutputError(f"{self.folder}/record.json: {full}")
         print_result(console, record, self.folder)
-        return record
+        return record, unwritten
 
     def _fit(self) -> None:
         """Trains, validates, answers, and writes the trained weights."""
-        config, folder = self.config, self.folder
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        resuming = checkpoint.exists() and not config["rerun"]
+        config = self.config
+        if config["rerun"] and is_first_process():
+            remove_checkpoints(self.checkpoints.folder)
+        checkpoint = None
+        if not config["rerun"]:
+            checkpoint = newest_good(self.checkpoints.folder, console.print)
         step = start = None
-        if resuming:
+        if checkpoint is not None:
             held = torch.load(checkpoint, weights_only=True, map_location="cpu")
             step, kept = held["global_step"], held["neo"]["start"]
             start = None if kept is None else Start(**kept)
             del held  # Lightning loads the weights and moments itself
+            self.checkpoints.written = step
             console.print(f"going on from step {step} of {checkpoint}")
         module = NeoModule(
             **{key: self.specs[key] for key in ("student", "teacher", "lora", "loss", "optim")},
@@ -314,13 +342,14 @@ class Run:
             start=start,
             memory=self.memory,
             compile_layers=config["torch_compile"],
+            max_skipped_steps=config["max_skipped_steps"],
         )
         self.trainer = trainer = self._trainer(step)
         try:
             trainer.fit(
                 module,
                 datamodule=self.data,
-                ckpt_path=str(checkpoint) if resuming else None,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
                 weights_only=True,
             )
         finally:
@@ -335,17 +364,23 @@ class Run:
             self.metrics["perf/tokens_per_s"] = self.throughput.tokens_per_s(module)
             if self.peak_gib is not None:
                 self.metrics["perf/peak_mem_gib"] = self.peak_gib
+            if module.skipped.num:
+                self.metrics["train/skipped_steps"] = module.skipped.num
+        self.checkpoints.save(trainer)  # before what follows can fail or be stopped
+        self.signals.check_end(trainer)
         self.report = _of_all_processes(self.data.report)
         if self.data.num_val_rows:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
-        trainer.save_checkpoint(checkpoint)
+            self.checkpoints.score(trainer, last["val/loss"])
         student = whole_student(module)
         if student is not None:
-            self._finish(student)
+            self._finish(student, saved=self.checkpoints.written == trainer.global_step)
         trainer.strategy.barrier()  # the first process writes, and none leaves before it has
+        if not math.isfinite(self.metrics.get("val/loss", 0.0)):
+            raise DivergedError(f"val/loss is {self.metrics['val/loss']} behind the last step")
 
-    def _finish(self, student: nn.Module) -> None:
+    def _finish(self, student: nn.Module, *, saved: bool) -> None:
         """Answers, and writes the trained weights."""
         if split := self.config["eval_split"]:
             source: Any = self.data.data
@@ -353,15 +388,12 @@ class Run:
             self.metrics |= exact_match(
                 inner(student), self.meeting.tokenizer, self.data.encoder, rows
             )
-        save_student(student, self.meeting.tokenizer, self.folder)
+        write_student(student, self.meeting.tokenizer, self.folder, saved)
 
     def _trainer(self, resume_step: int | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
         config = self.config
-        checkpoints = Checkpoints(
-            self.folder / "checkpoints" / "last.ckpt", config["checkpoint_every_n_steps"]
-        )
-        callbacks: list[L.Callback] = [self.throughput, StopOnNaN(), checkpoints]
+        callbacks: list[L.Callback] = [self.throughput, self.signals, self.checkpoints]
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
         loggers = [MetricsFile(self.folder, resume_step)]
@@ -395,14 +427,6 @@ def _row_counts(report: RowReport) -> dict[str, Any]:
         "truncated": report.truncated,
         "bad": dict(report.bad),
     }
-
-
-def _status_of(exception: BaseException) -> str:
-    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
-        return "oom"
-    if isinstance(exception, DivergedError):
-        return "diverged"
-    return "interrupted" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
 
 
 def _hydra_choices() -> tuple[dict[str, str], list[str]]:

@@ -78,6 +78,14 @@ def history(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run holds."""
+    import torch
+
+    newest = max((folder / "checkpoints").glob("step-*.ckpt"))
+    return torch.load(newest, weights_only=True)
+
+
 def trained(folder: Path) -> dict[str, Any]:
     """The weights a run wrote."""
     from safetensors.torch import load_file

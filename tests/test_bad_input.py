@@ -165,6 +165,12 @@ REFUSED = {
         "checkpoint_every_n_steps=0",
         "checkpoint_every_n_steps=0: must be at least 1",
     ),
+    "no checkpoint kept": ("keep_last=0", "keep_last=0: must be at least 1"),
+    "fewer than no best": ("keep_best=-1", "keep_best=-1: must be at least 0"),
+    "fewer than no skipped steps": (
+        "max_skipped_steps=-1",
+        "max_skipped_steps=-1: must be at least 0",
+    ),
     # what Lightning's Trainer refuses, and what it would only trip over
     "accelerator that is not there": (
         "trainer.accelerator=tpu",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import fit, power_cut, trained
+from fits import checkpoint, fit, power_cut, trained
 from lab import ROWS, compose, tokenizer, write_rows
 
 from neo.config import build
@@ -159,7 +159,7 @@ def test_the_start_of_a_run_depends_on_its_teacher_and_divergence(
     for loss in ("forward_kl", "reverse_kl"):
         fit(student_dir, teacher_dir, tmp_path / loss, "lora=loraga", f"loss={loss}",
             "loss.kd_ratio=1.0", "trainer.max_steps=1", "trainer.max_epochs=-1")  # fmt: skip
-        held = torch.load(tmp_path / loss / "checkpoints" / "last.ckpt", weights_only=True)
+        held = checkpoint(tmp_path / loss)
         starts.append(held["neo"]["start"]["tensors"])
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     cosine = F.cosine_similarity(*(start[name].flatten() for start in starts), dim=0)

@@ -1,4 +1,3 @@
-import math
 import sys
 import time
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import torch
 from test_module import build, data, fit
 
 from neo.training import callbacks
-from neo.training.callbacks import DivergedError, ProgressBar, StopOnNaN, Throughput
+from neo.training.callbacks import ProgressBar, Throughput
 from neo.training.module import NeoModule
 from neo.training.peak_memory import PeakMemory
 
@@ -66,23 +65,6 @@ def test_peak_memory_is_what_was_held_at_once_above_what_was_held_before():
     assert peak is not None
     assert peak - before == pytest.approx(1 / 16, abs=0.02)
     assert kept.sum() == 2**24
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["train/loss", "train/grad_norm"])
-def test_a_loss_or_gradient_that_is_no_number_stops_the_run(name, value):
-    trainer, module = stand_in(step=4, every=2, metrics={"train/loss": 1.0} | {name: value})
-    with pytest.raises(DivergedError, match=rf"{name} is -?(nan|inf) at step 4"):
-        StopOnNaN().on_train_batch_end(trainer, module)
-
-
-def test_a_loss_that_is_a_number_stops_nothing_and_nobody_waits_between_intervals():
-    trainer, module = stand_in(step=4, every=2, metrics={"train/loss": 1.0, "train/grad_norm": 2.0})
-    StopOnNaN().on_train_batch_end(trainer, module)
-    trainer, module = stand_in(step=3, every=2, metrics={"train/loss": math.nan})
-    StopOnNaN().on_train_batch_end(trainer, module)
-    trainer, module = stand_in(step=0, every=2, metrics={"train/loss": math.nan})
-    StopOnNaN().on_train_batch_end(trainer, module)
 
 
 @pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from fits import fit, whole_and_cut
+from fits import checkpoint, fit, whole_and_cut
 from lab import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ def trained_logits(run, student_dir):
     spec = CausalLM(path=str(student_dir))
     variant = lora(r=4, lora_alpha=8, target_modules="all-linear")
     student = build_student(spec, variant, torch.device("cpu"), 0)
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = checkpoint(run)["state_dict"]
     missing = student.load_state_dict(
         {name.removeprefix("student."): value for name, value in state.items()}, strict=False
     )

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from fits import fit, power_cut, trained
+from fits import checkpoint, fit, power_cut, trained
 from lab import compose
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer
@@ -108,7 +108,7 @@ def run(student_dir, teacher_dir, tmp_path_factory):
 
 def test_a_checkpoint_holds_b_alone_and_the_adapter_holds_a_as_it_was_drawn(run, spec):
     folder, record = run
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = checkpoint(folder)["state_dict"]
     assert all(".lora_B." in name for name in state)
     assert sum(value.numel() for value in state.values()) == record.num_trainable_parameters
     drawn = downs(build_student(spec, lora_fa(**KEYS), CPU, 7))
@@ -136,7 +136,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_never_stopped(
 def test_what_is_exported_gives_the_trained_students_logits(run, spec, tmp_path, merge):
     folder, _ = run
     student = build_student(spec, lora_fa(**KEYS), CPU, 7).eval()
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = checkpoint(folder)["state_dict"]
     untouched = spec.load(CPU, trained=False).eval()
     student.load_state_dict({n.removeprefix("student."): v for n, v in state.items()}, strict=False)
     export(folder, tmp_path, merge=merge)

@@ -54,6 +54,8 @@ _TABLE = (
     Metric("train/lr", "1", "learning rate of the first parameter group", None, 6),
     Metric("train/grad_norm", "1", "norm of the gradient before clipping", None, 3),
     Metric("train/tokens", "tokens", "supervised tokens seen so far, all ranks", None, 0),
+    Metric("train/skipped_steps", "steps", "left out, the loss or gradient no number", "lower", 0),
+    Metric("perf/failed_checkpoints", "files", "that could not be written", "lower", 0),
     Metric("perf/tokens_per_s", "tokens/s", "supervised tokens per second per device", "higher", 0),
     Metric("perf/peak_mem_gib", "GiB", "largest memory held by one device", "lower", 2),
     Metric(

@@ -1,9 +1,7 @@
-"""What watches a run: its speed, its memory, its progress bar, and its first sign of trouble."""
+"""What watches a run: its speed and its progress bar."""
 
-import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,10 +16,6 @@ from rich.progress import (
 )  # fmt: skip
 
 from neo.training.module import NeoModule
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
 
 
 class Throughput(L.Callback):
@@ -51,42 +45,6 @@ class Throughput(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: NeoModule) -> None:
         """Leaves the validation out."""
         self.entered = time.perf_counter()
-
-
-class Checkpoints(L.Callback):
-    """Saves the state of the run every so many optimizer steps, in one file.
-
-    Lightning's ModelCheckpoint saves at the last batch of an epoch, too. From there Lightning 2.6.6
-    goes on with its batches counted on into the next epoch, which groups the micro-batches of a
-    step otherwise; the step after it is as good a place.
-    """
-
-    def __init__(self, file: Path, every_n_steps: int) -> None:
-        self.file, self.every_n_steps = file, every_n_steps
-        self.saved_at = 0
-
-    def on_train_start(self, trainer: L.Trainer, module: NeoModule) -> None:
-        """Counts from where the run begins or goes on."""
-        self.saved_at = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: NeoModule, *_: Any) -> None:
-        """Saves where a run can go on as if it had never stopped: between two steps."""
-        due = trainer.global_step - self.saved_at >= self.every_n_steps
-        if due and module.step_sums is None and not trainer.is_last_batch:
-            self.saved_at = trainer.global_step
-            trainer.save_checkpoint(self.file)
-
-
-class StopOnNaN(L.Callback):
-    """Ends a run whose loss or gradient is no longer a number, at the next logging interval."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: NeoModule, *_: Any) -> None:
-        """Looks at what was logged, so that no step waits for the device."""
-        if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
-            for name in ("train/loss", "train/grad_norm"):
-                value = trainer.callback_metrics.get(name)
-                if value is not None and not math.isfinite(float(value)):
-                    raise DivergedError(f"{name} is {float(value)} at step {trainer.global_step}")
 
 
 class ProgressBar(L.Callback):

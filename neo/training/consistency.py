@@ -43,8 +43,10 @@ def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"eval_split={split!r}: only data=mini has rows with exact answers; use null"
     elif split == "val" and data.get("num_val_rows") == 0:
         yield "eval_split='val': data.num_val_rows=0 leaves no rows to answer"
-    if config["checkpoint_every_n_steps"] < 1:
-        yield f"checkpoint_every_n_steps={config['checkpoint_every_n_steps']}: must be at least 1"
+    least = {"checkpoint_every_n_steps": 1, "keep_last": 1, "keep_best": 0, "max_skipped_steps": 0}
+    for key, lowest in least.items():
+        if config[key] < lowest:
+            yield f"{key}={config[key]}: must be at least {lowest}"
     name = config["experiment_name"]
     if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", name) or any(
         not part.strip(".") for part in name.split("/")

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def finish(logger: Logger, *, ok: bool) -> None:
 
     if isinstance(logger, WandbLogger):
         logger.experiment.finish(exit_code=0 if ok else 1)
+
+
+def wandb_id(loggers: Iterable[Logger]) -> str | None:
+    """The id by which W&B knows the run, under which a resumed one goes on; None without W&B."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    return next((logger.version for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
 class MetricsFile(Logger):

@@ -61,6 +61,12 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
         data = _open_data(specs["data"], tokenizer, config)
     except ValueError as error:
         problems += error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+    else:
+        if config["keep_best"] and data is not None and not data.num_val_rows:
+            problems.append(
+                f"keep_best={config['keep_best']}: the best checkpoints have the lowest val/loss, "
+                "and there are no rows to validate on; use 0, or hold rows out (data.val_share)"
+            )
     if problems:
         raise ConfigError(problems)
     assert data is not None  # there is a tokenizer where the models have met

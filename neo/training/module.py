@@ -23,9 +23,12 @@ from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
 from neo.training.calibrate import calibration_of
 from neo.training.frozen_linear import speed_up_frozen
+from neo.training.loggers import wandb_id
 from neo.training.optim import AdamW
 from neo.training.peak_memory import PeakMemory
-from neo.training.strategies import full, local
+from neo.training.random_state import random_states, restore_random_state
+from neo.training.skipped_steps import SkippedSteps, gradient_norm
+from neo.training.strategies import local
 from neo.training.token_loss import batch_sums
 
 
@@ -43,6 +46,7 @@ class NeoModule(L.LightningModule):
         start: Of the branch, where a run goes on: it is not computed again.
         memory: Of the run, in which the branch's initialisation is measured.
         compile_layers: Give the decoder layers of both models to `torch.compile`.
+        max_skipped_steps: How many steps without a sound gradient a run may skip.
     """
 
     student: nn.Module
@@ -61,6 +65,7 @@ class NeoModule(L.LightningModule):
         start: Start | None = None,
         memory: PeakMemory | None = None,
         compile_layers: bool = False,
+        max_skipped_steps: int = 10,
     ) -> None:
         super().__init__()
         self.compile_layers = compile_layers
@@ -76,6 +81,7 @@ class NeoModule(L.LightningModule):
         self.rows_in_step = 0
         self.step_sums: TokenSums | None = None  # of the optimizer step under way
         self.val_sums: TokenSums | None = None
+        self.skipped = SkippedSteps(max_skipped_steps)
 
     def configure_model(self) -> None:
         """Loads the weights, once."""
@@ -207,6 +213,7 @@ class NeoModule(L.LightningModule):
         rows = batch.num_rows + batch.report.num_bad
         self.rows_in_step = rows + (0 if self.step_sums is None else self.rows_in_step)
         so_far = sums.detach()
+        self.skipped.add(batch.row_ids, so_far)
         self.step_sums = so_far if self.step_sums is None else self.step_sums + so_far
         data = cast(Any, self.trainer).datamodule
         data.add_report(batch.report)
@@ -218,7 +225,8 @@ class NeoModule(L.LightningModule):
         """Makes every gradient the mean over all supervised tokens of this step, before clipping.
 
         Lightning has divided by the micro-batches (and DDP by the ranks); both are undone here,
-        so that neither accumulation nor the number of devices changes what is optimized.
+        so that neither accumulation nor the number of devices changes what is optimized. A step
+        whose loss or gradient is no number loses its gradients, and its tokens are not counted.
         """
         assert self.step_sums is not None
         sums, self.step_sums = self.step_sums, None
@@ -232,9 +240,16 @@ class NeoModule(L.LightningModule):
                 value = penalty(self.student)
             self._add_gradient(value)
         lr = self.optim.set_rates(optimizer, self.progress())
+        norm = gradient_norm(gradients)
+        if self.skipped.must_skip(self.trainer, list(self.student.parameters()), norm):
+            return
         self.num_tokens = self.num_tokens.to(tokens.device) + tokens
         if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
-            self._log_step(sums, tokens, gradients, lr)
+            self._log_step(sums, tokens, norm, lr)
+
+    def on_train_end(self) -> None:
+        """Refuses to end well where nothing was trained."""
+        self.skipped.check_end(self.trainer)
 
     def _add_gradient(self, penalty: Float[Tensor, ""]) -> None:
         """Adds the gradient of what depends on no row, once per optimizer step."""
@@ -245,9 +260,7 @@ class NeoModule(L.LightningModule):
                 cast(Tensor, weight.grad).add_(gradient)
         self.penalty = penalty.detach()
 
-    def _log_step(
-        self, sums: TokenSums, tokens: Tensor, gradients: list[Tensor], lr: float
-    ) -> None:
+    def _log_step(self, sums: TokenSums, tokens: Tensor, norm: Tensor, lr: float) -> None:
         """Logs a step; only every so many, since a call of `log` costs as much as a small step."""
         names = ("loss", "ce", "kd", "student_entropy", "teacher_target")
         own = {name: value for name in names if (value := getattr(sums, name)) is not None}
@@ -259,7 +272,8 @@ class NeoModule(L.LightningModule):
         }
         if self.penalty is not None:
             means["train/penalty"] = self.penalty
-        norm = full(nn.utils.get_total_norm(gradients))
+        if self.skipped.num:
+            means["train/skipped_steps"] = torch.tensor(float(self.skipped.num))
         seen = self.num_tokens.float()
         self.log_dict(means | {"train/grad_norm": norm, "train/lr": lr, "train/tokens": seen})
 
@@ -332,14 +346,16 @@ class NeoModule(L.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the branch's start, the counters and the random state, which resuming needs."""
+        """Adds the branch's start, the counters and the random states, which resuming needs."""
         start = start_of(self.student)
         checkpoint["neo"] = {
             "num_tokens": self.num_tokens,
             "rows_in_epoch": self.rows_in_epoch,
-            "rng": torch.get_rng_state(),
+            "skipped_steps": self.skipped.num,
+            "rng": random_states(),
             "start": None if start is None else start._asdict(),
             "init_metrics": self.init_metrics,
+            "wandb_id": wandb_id(self._trainer.loggers) if self._trainer else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -347,11 +363,13 @@ class NeoModule(L.LightningModule):
         kept = checkpoint["neo"]
         self.num_tokens, self.rows_in_epoch = kept["num_tokens"], kept["rows_in_epoch"]
         self.restored_rng, self.init_metrics = kept["rng"], kept["init_metrics"]
+        self.skipped.num = kept["skipped_steps"]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the random state last, after everything that set-up has drawn."""
-        if (rng := getattr(self, "restored_rng", None)) is not None:
-            torch.set_rng_state(rng.cpu())
+        if (states := getattr(self, "restored_rng", None)) is not None:
+            data = cast(Any, self.trainer).datamodule
+            restore_random_state(states, self.global_rank, self.seed, data.position)
             del self.restored_rng
 
 

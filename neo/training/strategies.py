@@ -189,11 +189,6 @@ def like(whole: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, which the tensor itself is where nothing is split; all must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which is the tensor itself where nothing is split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
