@@ -113,9 +113,12 @@ def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
         if kind not in kinds or config[role].get("path") is None:
             continue
         problems = _four_bit_problems if kind in KINDS else _integer_problems
-        for problem in (*problems(config, role), *_sharding_problems(config, role)):
+        for problem in problems(config, role):
             yield f"{role}.quantization={kind!r}: {problem}"
-        if role == "student":
+        if role == "teacher":
+            for problem in _sharding_problems(config):
+                yield f"teacher.quantization={kind!r}: {problem}"
+        else:
             for problem in _student_problems(config):
                 yield f"student.quantization={kind!r}: {problem}"
 
@@ -151,17 +154,17 @@ def _integer_problems(config: Mapping[str, Any], role: str) -> Iterator[str]:
     )
 
 
-def _sharding_problems(config: Mapping[str, Any], role: str) -> Iterator[str]:
-    """Why quantised weights cannot lie in shards: FSDP shards plain tensors of floats only."""
+def _sharding_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Why a quantised teacher cannot lie in shards: FSDP shards plain tensors of floats only."""
     keys = []
     if config["trainer"].get("strategy") == "fsdp":
         keys.append("trainer.strategy=fsdp")
-    if role == "teacher" and config.get("sharding") == "teacher":
+    if config.get("sharding") == "teacher":
         keys.append("sharding=teacher")
     for key in keys:
         yield (
             f"{key} shards weights in floats, not quantised ones; they are small: use trainer=ddp "
-            f"and sharding=null, which replicate the {role}, or {role}.quantization=null"
+            "and sharding=null, which replicate the teacher, or teacher.quantization=null"
         )
 
 
