@@ -141,6 +141,20 @@ def test_reports_of_all_batches_add_up_to_every_row_read():
         assert total.shown["malformed"][0][0] == 12
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("table", [True, False])
+def test_batches_name_their_rows_by_index_or_number(packing, table):
+    rows = [*(row(i, 1 + i % 5) for i in range(20)), {"prompt": "q"}]
+    stream = stream_of(rows, packing=packing, table=table)
+    if table:
+        stream.indices = stream.indices[::2]
+    for _ in range(2):  # the second time from the rows that were kept
+        for batch in stream:
+            said = [int(answer.split()[0][1:-1]) for answer in supervised([batch])]
+            assert batch.row_ids == tuple(said)
+        assert sorted(i for b in stream for i in b.row_ids) == list(range(0, 20, 2 if table else 1))
+
+
 def test_rows_that_are_all_bad_still_report():
     batches = list(stream_of([{"prompt": "q"}] * 5))
     assert len(batches) == 1

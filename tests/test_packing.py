@@ -15,7 +15,7 @@ def example(length: int, name: int = 0) -> Example:
     """Ids that tell example and place; the second half is supervised."""
     ids = [name * 1000 + i for i in range(length)]
     targets = [ids[i + 1] if i >= length // 2 and i + 1 < length else IGNORE for i in range(length)]
-    return Example(ids, targets)
+    return Example(ids, targets, row_id=name)
 
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=80)
@@ -62,6 +62,14 @@ def test_an_example_that_is_too_long_is_refused():
 def test_positions_restart_at_every_packed_example_and_at_the_padding():
     batch = collate([[example(3), example(2)], [example(4)]], PAD, True, RowReport())
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+
+
+def test_a_batch_names_the_rows_that_lie_in_it():
+    sequences = [[example(3, 7), example(2, 4)], [Example([1], [IGNORE])], [example(4, 9)]]
+    batch = collate(sequences, PAD, True, RowReport())
+    assert (batch.row_ids, batch.num_rows) == ((7, 4, 9), 4)
+    assert batch.to("meta").row_ids == (7, 4, 9)
+    assert empty_batch(PAD, RowReport()).row_ids == ()
 
 
 def test_positions_run_on_without_packing():

@@ -7,7 +7,7 @@ would have to be saved, so an epoch that was left in the middle is resumed by re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -201,10 +201,11 @@ class RowStream(IterableDataset[Batch]):
         if isinstance(kept, BadRow):
             raise BadRow(kept.reason, kept.detail)
         if kept is not None:
-            return Example(kept[0].tolist(), kept[1].tolist(), kept[2])
+            return Example(kept[0].tolist(), kept[1].tolist(), kept[2], index)
         keep = self.indices is not None and self._num_kept_tokens < NUM_KEPT_TOKENS
         try:
             example = self.encoder.encode(to_conversation(row, self.schema))
+            example = replace(example, row_id=index)
         except BadRow as error:
             if keep:
                 self._kept[index] = BadRow(error.reason, error.detail)

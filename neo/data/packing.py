@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from jaxtyping import Int64
@@ -53,6 +54,7 @@ class Batch:
 
     `position_ids` restart at 0 at every packed example, which is what keeps examples from seeing
     each other; `targets` are aligned with `input_ids`, with `IGNORE` where nothing is supervised.
+    `row_ids` name the rows that lie in it, as `Example.row_id` does, sequence by sequence.
     """
 
     input_ids: Int64[Tensor, "batch length"]
@@ -60,6 +62,7 @@ class Batch:
     targets: Int64[Tensor, "batch length"]
     report: RowReport = field(default_factory=RowReport)
     num_rows: int = 0  # that lie in it, where the report counts those read for it and ahead of it
+    row_ids: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on the device."""
@@ -138,7 +141,8 @@ def collate(
         if packing:
             positions[row, at:] = torch.arange(length - at)
     num_rows = sum(len(sequence) for sequence in sequences)
-    return Batch(ids, positions, targets, report, num_rows)
+    row_ids = tuple(e.row_id for e in chain.from_iterable(sequences) if e.row_id is not None)
+    return Batch(ids, positions, targets, report, num_rows, row_ids)
 
 
 def empty_batch(pad_id: int, report: RowReport) -> Batch:

@@ -35,11 +35,15 @@ PROBE: Conversation = [
 
 @dataclass(frozen=True)
 class Example:
-    """Ids and aligned targets: `targets[t]` is the id that position t must predict, or `IGNORE`."""
+    """Ids and aligned targets: `targets[t]` is the id that position t must predict, or `IGNORE`.
+
+    `row_id` is the index of its row in the table, or its number in the stream.
+    """
 
     input_ids: list[int]
     targets: list[int]
     truncated: bool = False
+    row_id: int | None = None
 
 
 @dataclass(frozen=True)
