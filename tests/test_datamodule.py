@@ -73,22 +73,25 @@ def test_max_rows_are_drawn_with_the_seed():
 def test_resuming_in_the_middle_of_an_epoch_equals_never_stopping(num_workers, packing):
     options = {"num_workers": num_workers, "packing": packing, "batch_size": 2, "max_length": 64}
     whole = module_of(numbered(40), **options)
+    first = next(iter(whole.train_dataloader()))
     whole.set_epoch(1)
     through = list(whole.train_dataloader())
     for batch in through:
-        whole.add_report(batch.report)
+        whole.consume(batch)
     assert len(through) > 6
 
     stopped = module_of(numbered(40), **options)
     stopped.set_epoch(1)
     consumed = list(islice(stopped.train_dataloader(), 5))
     for batch in consumed[:3]:  # two batches were read and not consumed
-        stopped.add_report(batch.report)
+        stopped.consume(batch)
     resumed = module_of(numbered(40), **options)
+    loader = resumed.train_dataloader()
+    assert torch.equal(next(iter(loader)).input_ids, first.input_ids)  # workers are at work
     resumed.load_state_dict(stopped.state_dict())
-    rest = list(resumed.train_dataloader())
+    rest = list(loader)
     for batch in rest:
-        resumed.add_report(batch.report)
+        resumed.consume(batch)
     assert resumed.report == whole.report
     for expected, actual in zip(through, [*consumed[:3], *rest], strict=True):
         for name in ("input_ids", "position_ids", "targets"):
@@ -102,18 +105,22 @@ def test_resuming_in_the_middle_of_an_epoch_equals_never_stopping(num_workers, p
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_workers": 2}, "data.num_workers was 0 and is 2"),
-        ({"batch_size": 3}, "data.batch_size was 8 and is 3"),
         ({"seed": 1}, "seed was 0 and is 1"),
+        ({"shuffle": False}, "data.shuffle was True and is False"),
+        ({"max_rows": 9}, "the number of rows was 40 and is 9; data.max_rows was None and is 9"),
+        ({"val_share": 0.2}, "the number of rows was 40 and is 32; data.val_share was 0.0 and is"),
     ],
 )
-def test_what_would_change_the_order_forbids_resuming_in_the_middle(changes, told):
-    saved = module_of(numbered(5))
-    saved.position = (0, 2)
+def test_what_would_change_the_rows_of_an_epoch_forbids_resuming_in_its_middle(changes, told):
+    saved = module_of(numbered(40))
+    batch = next(iter(saved.train_dataloader()))
+    fresh = saved.state_dict()
+    saved.consume(batch)
     with pytest.raises(ValueError, match=f"cannot resume in the middle of an epoch.*{told}"):
-        module_of(numbered(5), **changes).load_state_dict(saved.state_dict())
-    saved.position = (1, 0)
-    module_of(numbered(5), **changes).load_state_dict(saved.state_dict())
+        module_of(numbered(40), **changes).load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="the number of rows was 40 and is 41"):
+        module_of(numbered(41)).load_state_dict(saved.state_dict())
+    module_of(numbered(40), **changes).load_state_dict(fresh)
 
 
 def test_a_pass_counts_its_rows_anew_and_stops_past_max_bad_rows():
@@ -122,12 +129,12 @@ def test_a_pass_counts_its_rows_anew_and_stops_past_max_bad_rows():
     loader = module.train_dataloader()
     for _ in range(2):
         for batch in loader:
-            module.add_report(batch.report)
+            module.consume(batch)
         assert (module.report.rows, module.report.bad) == (8, {"malformed": 1, "empty": 1})
     strict = module_of(rows, max_bad_rows=1, batch_size=1, packing=False)
-    reports = [batch.report for batch in strict.train_dataloader()]
+    batches = list(strict.train_dataloader())
     with pytest.raises(TooManyBadRows, match=r"data.max_bad_rows=1: 2 of the 8 rows"):
-        list(map(strict.add_report, reports))
+        list(map(strict.consume, batches))
 
 
 def test_every_pass_is_another_epoch_unless_nothing_was_consumed_of_it():
@@ -138,7 +145,7 @@ def test_every_pass_is_another_epoch_unless_nothing_was_consumed_of_it():
         batches = list(islice(loader, max(consumed, 1)))
         orders.append((module.position[0], answers(batches[:1])))
         for batch in batches[:consumed]:
-            module.add_report(batch.report)
+            module.consume(batch)
     assert [epoch for epoch, _ in orders] == [0, 1, 2, 2, 3]
     for epoch, first in orders:
         module.set_epoch(epoch)
@@ -183,7 +190,7 @@ class Recorder(L.LightningModule):
     def training_step(self, batch, batch_idx):
         data = self.trainer.datamodule
         self.seen.append((data.position[0], *answers([batch])))
-        data.add_report(batch.report)
+        data.consume(batch)
         return self.weight
 
     def on_train_batch_end(self, outputs, batch, batch_idx):

@@ -122,6 +122,30 @@ def test_reports_add_up_and_show_the_first_three_of_a_reason():
     assert one.rows == 2
 
 
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(1, 4))
+def test_the_shares_of_a_report_add_up_to_it_and_differ_by_one_at_most(rows, cut, bad, ranks):
+    shown = tuple((i, "x") for i in range(min(bad, 3)))
+    report = RowReport(rows, cut, +Counter(empty=bad), {"empty": shown} if shown else {})
+    shares = [report.share(rank, ranks) for rank in range(ranks)]
+    total = sum(shares, start=RowReport())
+    assert (total.rows, total.truncated, total.bad) == (rows, cut, report.bad)
+    assert sorted(total.shown.get("empty", ())) == sorted(shown)
+    for name in ("rows", "truncated", "num_bad"):
+        numbers = [getattr(share, name) for share in shares]
+        assert max(numbers) - min(numbers) <= 1
+    assert RowReport.from_plain(report.plain()) == report
+
+
+def test_packing_goes_on_from_its_open_sequences():
+    lengths = [6, 7, 3, 9, 2, 5, 8, 4, 1, 6, 3]
+    through = list(pack(map(example, lengths), 10, num_open=2))
+    for stop in range(1, len(through)):
+        bins, examples = [], iter([example(length) for length in lengths])
+        sequences = pack(examples, 10, num_open=2, bins=bins)
+        first = [next(sequences) for _ in range(stop)]
+        assert first + list(pack(examples, 10, num_open=2, bins=bins)) == through
+
+
 def test_a_batch_moves_whole():
     batch = collate([[example(3)]], PAD, True, RowReport(rows=1))
     moved = batch.to("meta")

@@ -54,7 +54,7 @@ def test_a_file_of_each_kind_is_read_and_its_bad_rows_are_counted(
     data = FileData(path=str(ROWS / name), max_length=128, batch_size=2, val_share=0.0)
     module = DataModule(data, tiny_tokenizer, seed=0)
     for batch in module.train_dataloader():
-        module.add_report(batch.report)
+        module.consume(batch)
     assert module.schema == schema
     assert module.num_rows == module.report.rows == rows
     assert module.report.bad == bad

@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from neo.data.epoch import Epoch, resumed
 from neo.data.loader import EpochLoader, TooManyBadRows
-from neo.data.order import Rows, RowStream, RowTable, first_columns, permutation
+from neo.data.order import Rows, RowTable, first_columns, permutation
 from neo.data.packing import Batch, RowReport
+from neo.data.place import Rest
 from neo.data.prompt import PromptEncoder
+from neo.data.ranks import Ranks
+from neo.data.reader import RowStream
 from neo.data.rows import SCHEMAS, detect_schema
 from neo.data.validation import held_out_rows, split_table, table_keys
 
@@ -86,22 +90,19 @@ class Data:
 class DataModule(L.LightningDataModule):
     """Loaders of `Batch` for training and validation, the same whenever they are made again.
 
-    Batches are read ahead, so training says which it has consumed: it gives the report of each to
-    `add_report`. The epoch is counted here, one per pass; Lightning's own number is one too high
-    after a resume from the last batch of an epoch (seen with 2.6.6).
-
-    Attributes:
-        report: What was read for training in this epoch, as far as `add_report` was told.
+    Batches are read ahead, so training says which it has consumed, by `consume`. The epoch is
+    counted here, one per pass; Lightning's own number is one too high after a resume from the last
+    batch of an epoch (seen with 2.6.6).
     """
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         super().__init__()
         self.data, self.seed = data, seed
         self.encoder = PromptEncoder(tokenizer, data.max_length, data.chat_template)
-        self.report = RowReport()
-        self._position = (0, 0)
-        self._num_skip = 0  # batches of this epoch that were consumed before a resume
+        self._epoch = Epoch()
+        self._num_before = 0  # batches of this epoch that were consumed before the pass began
         self._all_read = False  # of this epoch
+        self._ranks: Ranks | None = None
         self._train_rows: Rows | None = None
         self._train_indices: np.ndarray | None = None
         self._val_rows: RowTable | None = None
@@ -112,13 +113,12 @@ class DataModule(L.LightningDataModule):
     @property
     def position(self) -> tuple[int, int]:
         """The epoch, and how many of its batches were consumed."""
-        return self._position
+        return self._epoch.number, self._epoch.num_batches
 
-    @position.setter
-    def position(self, position: tuple[int, int]) -> None:
-        if position[0] != self._position[0]:
-            self._num_skip, self._all_read = 0, False
-        self._position = position
+    @property
+    def report(self) -> RowReport:
+        """What this rank read for the batches of the epoch that were consumed."""
+        return self._epoch.report
 
     @property
     def rank(self) -> int:
@@ -129,6 +129,13 @@ class DataModule(L.LightningDataModule):
     def world_size(self) -> int:
         """How many processes train together."""
         return int(self.trainer.world_size) if self.trainer is not None else 1
+
+    @property
+    def ranks(self) -> Ranks:
+        """What these processes talk through."""
+        if self._ranks is None or self._ranks.world_size != self.world_size:
+            self._ranks = Ranks(self.rank, self.world_size)
+        return self._ranks
 
     @property
     def num_rows(self) -> int | None:
@@ -172,17 +179,13 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> EpochLoader:
         """One epoch of training batches per pass."""
-        self.setup()
-        assert self._train_rows is not None
         self.teardown("fit")
-        stream = self._stream(self._train_rows, self._train_indices, shuffle=self.data.shuffle)
         self._loader = EpochLoader(
-            stream,
+            self._train_stream(),
             num_workers=self.data.num_workers,
             begin=self._begin_pass,
             end=self._end_pass,
-            skipped=self._add,
-            device=self._device,
+            ranks=self.ranks,
         )
         return self._loader
 
@@ -198,52 +201,87 @@ class DataModule(L.LightningDataModule):
             return []
         stream = self._stream(self._val_rows, self._val_indices, shuffle=False)
         # read in the training process, or workers for both would wait for each other's turn
-        return EpochLoader(stream, num_workers=0, begin=lambda: (0, 0), device=self._device)
+        return EpochLoader(stream, num_workers=0, ranks=self.ranks)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass the one of this epoch, from its beginning."""
-        self._position, self._num_skip, self._all_read = (epoch, 0), 0, False
+        self._go_on(Epoch(epoch))
 
-    def add_report(self, report: RowReport) -> None:
-        """Counts a batch as consumed, and adds up what was read in this epoch.
+    def consume(self, batch: Batch) -> None:
+        """Counts a batch as consumed: a run that goes on from here gives the ones behind it.
 
         Raises:
-            TooManyBadRows: More rows than `data.max_bad_rows` could not be used.
+            TooManyBadRows: More rows of this epoch than `data.max_bad_rows` could not be used.
         """
-        self._position = (self._position[0], self._position[1] + 1)
-        self._add(report)
+        self._epoch.consume(batch, self._num_readers)
+        limit = self.data.max_bad_rows
+        if limit is not None and self.report.num_bad > limit:
+            raise TooManyBadRows(self.report, limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data, and what it depends on."""
-        epoch, batches = self.position
-        return {"epoch": epoch, "batches": batches, **self._sharding()}
+        """The place in the data, of all ranks, each of which must call this; the same on each."""
+        ranks = self.ranks.gather(self._epoch.of_rank())
+        return self._epoch.plain(ranks) | {"data": self._what(), "readers": self._readers()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on behind the saved place; the order of rows must be the one it was saved in."""
-        changed = [
-            f"{name} was {state_dict[name]} and is {value}"
-            for name, value in self._sharding().items()
-            if state_dict[name] != value
-        ]
-        if changed and state_dict["batches"]:
-            raise ValueError(
-                "cannot resume in the middle of an epoch, because rows would come in another "
-                f"order: {'; '.join(changed)}. Set them as they were"
-            )
-        self._position = (state_dict["epoch"], state_dict["batches"])
-        self._num_skip, self._all_read = state_dict["batches"], False
+        """Goes on behind the saved place.
 
-    def _sharding(self) -> dict[str, Any]:
+        By as many readers as saved it, with the same batches to the bit; by others, with the rows
+        of the epoch that were not consumed.
+
+        Raises:
+            ValueError: The epoch consists of other rows than when it was begun.
+        """
+        if not state_dict["batches"]:
+            self.set_epoch(state_dict["epoch"])
+            return
+        saved, now = state_dict["data"], self._what()
+        changed = [
+            f"{name} was {saved[name]} and is {value}"
+            for name, value in now.items()
+            if saved[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                "cannot resume in the middle of an epoch, because it would consist of other rows: "
+                f"{'; '.join(changed)}. Set them as they were, or begin anew with rerun=true"
+            )
+        same = state_dict["readers"] == self._readers()
+        order = None if same else self._train_stream().order
+        self._go_on(resumed(state_dict, self.rank, self.world_size, order))
+
+    @property
+    def _num_readers(self) -> int:
+        return max(1, self.data.num_workers)  # the training process is one, where it has no workers
+
+    def _what(self) -> dict[str, Any]:
+        """What says which rows an epoch consists of, and in which order."""
         data = self.data
         return {
             "seed": self.seed,
+            "data.shuffle": data.shuffle,
+            "the number of rows": self.num_rows,
+            "data.max_rows": data.max_rows,
+            "data.val_share": data.val_share,
+            "data.max_val_rows": data.max_val_rows,
+        }
+
+    def _readers(self) -> dict[str, Any]:
+        """What says how the rows are dealt out and laid in batches."""
+        data = self.data
+        return {
             "world_size": self.world_size,
-            "data.num_workers": data.num_workers,
+            "data.num_workers": self._num_readers,
             "data.batch_size": data.batch_size,
             "data.max_length": data.max_length,
             "data.packing": data.packing,
-            "data.shuffle": data.shuffle,
         }
+
+    def _train_stream(self, *, alone: bool = False) -> RowStream:
+        self.setup()
+        assert self._train_rows is not None
+        shuffle = self.data.shuffle
+        return self._stream(self._train_rows, self._train_indices, shuffle=shuffle, alone=alone)
 
     def _stream(
         self, rows: Rows, indices: np.ndarray | None, shuffle: bool, *, alone: bool = False
@@ -267,25 +305,17 @@ class DataModule(L.LightningDataModule):
             **({} if self.data.shuffle else {"sort_window": 1}),
         )
 
-    def _begin_pass(self) -> tuple[int, int]:
-        epoch, consumed = self._position
+    def _begin_pass(self) -> tuple[int, Rest | None]:
         # An epoch may be left before its end; one that nothing was consumed of is read again.
-        if self._all_read or consumed > self._num_skip:
-            self.set_epoch(epoch + 1)
-        self.report = RowReport()
-        return self._position[0], self._num_skip
+        if self._all_read or self._epoch.num_batches > self._num_before:
+            self.set_epoch(self._epoch.number + 1)
+        return self._epoch.number, self._epoch.rest
 
     def _end_pass(self) -> None:
         self._all_read = True
 
-    def _add(self, report: RowReport) -> None:
-        self.report = self.report + report
-        limit = self.data.max_bad_rows
-        if limit is not None and self.report.num_bad > limit:
-            raise TooManyBadRows(self.report, limit)
-
-    def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+    def _go_on(self, epoch: Epoch) -> None:
+        self._epoch, self._num_before, self._all_read = epoch, epoch.num_batches, False
 
 
 def first_batches(data: DataModule, num_rows: int) -> list[Batch]:
@@ -307,10 +337,5 @@ def peek(data: DataModule, num_batches: int) -> list[Batch]:
 
 def _aside(data: DataModule) -> EpochLoader:
     """A pass in which nothing is counted or consumed."""
-    data.setup()
-    assert data._train_rows is not None
-    stream = data._stream(
-        data._train_rows, data._train_indices, shuffle=data.data.shuffle, alone=True
-    )
     # through a loader, which refuses rows none of which can be trained on
-    return EpochLoader(stream, num_workers=0, begin=lambda: (0, 0))
+    return EpochLoader(data._train_stream(alone=True), num_workers=0)

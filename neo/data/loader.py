@@ -1,13 +1,18 @@
 """A loader that knows its epoch: resumes in the middle, keeps ranks in step, refuses bad data."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
-from neo.data.order import RowStream
 from neo.data.packing import Batch, RowReport, empty_batch
+from neo.data.place import Rest
+from neo.data.ranks import Ranks
+from neo.data.reader import DataChanged, RowFailed, RowStream
 
 
 class TooManyBadRows(ValueError):
@@ -32,16 +37,19 @@ class TooManyBadRows(ValueError):
         super().__init__("\n".join([f"{head}:", *lines, f"{advice}."]))
 
 
+class WorkerDied(RuntimeError):
+    """A process that read ahead was killed, or has crashed."""
+
+
 class EpochLoader:
     """Batches of one epoch per pass.
 
     Args:
         stream: What the batches come from; it is told the epoch.
-        begin: Asked at the beginning of a pass for its epoch, and how many batches to skip
-            because they were consumed before.
+        begin: Asked at the beginning of a pass for its epoch, and what is left of it if some of its
+            batches were consumed before.
         end: Told when all batches of a pass have been read.
-        skipped: Told the report of each batch that is skipped.
-        device: Where a number must lie for ranks to exchange it; asked with several ranks only.
+        ranks: Those that each take a batch at the same time.
     """
 
     def __init__(
@@ -49,14 +57,13 @@ class EpochLoader:
         stream: RowStream,
         *,
         num_workers: int,
-        begin: Callable[[], tuple[int, int]],
+        begin: Callable[[], tuple[int, Rest | None]] = lambda: (0, None),
         end: Callable[[], None] = lambda: None,
-        skipped: Callable[[RowReport], None] = lambda report: None,
-        device: Callable[[], torch.device] = lambda: torch.device("cpu"),
+        ranks: Ranks | None = None,
     ) -> None:
         self.stream, self.num_workers = stream, num_workers
-        self.close()
-        self.begin, self.end, self.skipped, self.device = begin, end, skipped, device
+        self.loader = self._fresh()
+        self.begin, self.end, self.ranks = begin, end, ranks or Ranks()
 
     def close(self) -> None:
         """Ends the workers, if there are any; the next pass starts new ones.
@@ -64,7 +71,13 @@ class EpochLoader:
         Left to the garbage collector, each of them is waited for 5 seconds in vain, because it
         finalizes their queues before the loader can tell them to end.
         """
-        self.loader: DataLoader[Batch] = DataLoader(
+        iterator: Any = self.loader._iterator
+        if self.num_workers and iterator is not None:
+            iterator._shutdown_workers()
+        self.loader = self._fresh()
+
+    def _fresh(self) -> DataLoader[Batch]:
+        return DataLoader(
             self.stream,
             batch_size=None,
             num_workers=self.num_workers,
@@ -78,66 +91,130 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Batch]:
         given = False
         while not given:
-            epoch, num_skip = self.begin()
+            epoch, rest = self.begin()
+            if rest is not self.stream.rest_of(epoch):
+                self.stream.rest = rest
+                self.close()  # its workers have the old one
             self.stream.set_epoch(epoch)
-            count = 0
-            for batch in self._usable():
-                count += 1
-                if count <= num_skip:
-                    self.skipped(batch.report)
-                else:
-                    given = True
-                    yield batch
-            if count < num_skip:
-                raise ValueError(
-                    f"cannot resume after {num_skip} batches of epoch {epoch}: the data gives only "
-                    f"{count}. Have the rows at data.path changed since the checkpoint?"
-                )
+            for batch in self._usable(begun=rest is not None):
+                given = True
+                yield batch
             # A checkpoint behind the last batch of an epoch goes on with the next one.
             self.end()
 
-    def _usable(self) -> Iterator[Batch]:
-        """All batches from the first with a supervised token on, which carries earlier reports.
+    def _usable(self, begun: bool) -> Iterator[Batch]:
+        """All batches from the first with a supervised token on, which carries what went before.
+
+        Args:
+            begun: The epoch had its first batch before.
 
         Raises:
             TooManyBadRows: There is none.
         """
-        waiting: RowReport | None = RowReport()
-        for batch, num_supervised in self._in_step():
-            if waiting is None:
+        waiting: Batch | None = None
+        for batch, num_supervised in self._in_step(begun):
+            if begun:
                 yield batch
-            elif num_supervised == 0:
-                waiting = waiting + batch.report
-            else:
-                yield replace(batch, report=waiting + batch.report)
-                waiting = None
-        if waiting is not None:
+                continue
+            waiting = batch if waiting is None else _joined(waiting, batch)
+            if num_supervised:
+                begun = True
+                yield waiting
+        if not begun:
             self.close()
-            if waiting.rows == 0:
+            if waiting is None or waiting.report.rows == 0:
                 raise ValueError("data: there are no rows to read")
-            raise TooManyBadRows(waiting, None)
+            raise TooManyBadRows(waiting.report, None)
 
-    def _in_step(self) -> Iterator[tuple[Batch, int]]:
+    def _in_step(self, supervised: bool) -> Iterator[tuple[Batch, int]]:
         """Batches with their supervised tokens on all ranks.
 
         Ranks whose rows pack into fewer batches go on with empty ones until all are done, because
-        a rank that stops early leaves the others waiting in their next exchange.
+        a rank that stops early leaves the others waiting in their next exchange. What is exchanged
+        is the same number of times the same on all ranks, since all go by the sums.
+
+        Args:
+            supervised: There was a token, and nobody asks again.
         """
-        world_size = self.stream.world_size
-        batches = iter(self.loader)
-        supervised = False  # once there was a token, nobody asks again
+        batches = self._workers(lambda: iter(self.loader))
         while True:
-            batch = next(batches, None)
-            number = 1 if supervised else (batch.num_supervised if batch is not None else 0)
-            if world_size > 1:
-                numbers = torch.tensor([int(batch is not None), number], device=self.device())
-                torch.distributed.all_reduce(numbers)
-                any_batch, number = numbers.tolist()
-            else:
-                any_batch = int(batch is not None)
-            if not any_batch:
+            batch = self._workers(lambda: next(batches, None))
+            number = int(supervised)
+            if batch is not None and not supervised:
+                number = batch.num_supervised
+            rows = batch.num_rows + batch.report.num_bad if batch is not None else 0
+            num_batches, number, rows = self.ranks.sum([int(batch is not None), number, rows])
+            if not num_batches:
                 return
             supervised = supervised or number > 0
             if batch is None:
                 batch = empty_batch(self.stream.pad_id, RowReport())
-            yield batch, number
+            yield replace(batch, num_rows_all_ranks=rows), number
+
+    def _workers(self, ask: Callable[[], Any]) -> Any:
+        """What the workers are asked for.
+
+        Raises:
+            WorkerDied: One of them did, with the row that it was at.
+            RowFailed: One of them could not read a row.
+        """
+        try:
+            answer = ask()
+        except (RowFailed, DataChanged) as error:
+            if not self.num_workers:
+                raise
+            # torch gives a traceback, at whose end the message stands
+            text = str(error)
+            head = text.rpartition(f"{type(error).__name__}: ")[2].strip()
+            self.close()
+            raise type(error)(f"{head}\n\n{text}") from None
+        except RuntimeError as error:
+            if (message := self._death()) is None:
+                raise
+            self.close()
+            raise WorkerDied(message) from error
+        iterator: Any = self.loader._iterator
+        if iterator is not None and iterator._worker_pids_set:
+            # Otherwise torch raises wherever the training process is when a worker dies, be it in
+            # the middle of writing a checkpoint. Without, it is noticed within 5 s when a batch is
+            # asked for.
+            signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+        return answer
+
+    def _death(self) -> str | None:
+        """What became of the workers that do not live any more; None if all do."""
+        iterator: Any = self.loader._iterator
+        dead = []
+        for number, worker in enumerate(() if iterator is None else iterator._workers):
+            if worker.is_alive():
+                continue
+            at = int(self.stream.at[number])
+            code = worker.exitcode
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
+            where = f"at row {at}" if at >= 0 else "before its first row"
+            dead.append(
+                f"data worker {number} of {self.num_workers} (pid {worker.pid}) {how} {where}"
+            )
+        if not dead:
+            return None
+        rank = f"rank {self.ranks.rank}: " if self.ranks.world_size > 1 else ""
+        return (
+            f"{rank}{'; '.join(dead)}. SIGKILL mostly means that memory ran out: lower "
+            "data.num_workers or data.max_length, or take out a row that is too large. "
+            "data.num_workers=0 reads in the training process and shows where it breaks"
+        )
+
+
+def _joined(first: Batch, second: Batch) -> Batch:
+    """The second batch with the first one's report and places, of which nothing can be trained."""
+    return replace(
+        second,
+        report=first.report + second.report,
+        places=first.places + second.places,
+        num_rows_all_ranks=first.num_rows_all_ranks + second.num_rows_all_ranks,
+    )

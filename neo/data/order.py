@@ -1,29 +1,18 @@
-"""Which rows are read in which order, and the batches that come of them.
+"""Which rows are read in which order.
 
-The order is a function of seed, epoch and place alone. Nothing is drawn from a buffer whose state
-would have to be saved, so an epoch that was left in the middle is resumed by reading it again.
+The order is a function of seed and epoch alone, dealt out to the readers row by row. Nothing is
+drawn from a buffer whose state would have to be saved, so a reader is found again by counting.
 """
 
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
-
-from neo.data.packing import NUM_SHOWN, SORT_WINDOW, Batch, RowReport, collate, empty_batch, pack
-from neo.data.prompt import Example, PromptEncoder
-from neo.data.rows import BadRow, to_conversation
-from neo.data.validation import is_held_out, row_key
 
 # Streams are shuffled in blocks of so many rows, each of which is held in memory once per worker.
 BLOCK = 10_000
-# Encoded rows are kept for the next epoch up to so many tokens (16 bytes each) per worker.
-NUM_KEPT_TOKENS = 4_000_000
 
 
 @runtime_checkable
@@ -54,192 +43,79 @@ def permutation(num: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(num)
 
 
+def not_done(ids: np.ndarray, done: np.ndarray | None) -> np.ndarray:
+    """Those ids that the mask does not hold, in their order."""
+    if done is None:
+        return ids
+    known = ids < len(done)
+    return ids[~(known & done[np.where(known, ids, 0)])] if len(done) else ids
+
+
 def table_order(
-    indices: np.ndarray, shard: Shard, *, shuffle: bool, seed: int, epoch: int
+    indices: np.ndarray,
+    shard: Shard,
+    *,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    done: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The shard's indices in the order of this epoch."""
+    """The shard's indices in the order of this epoch; those that are done are left out first."""
     places = permutation(len(indices), seed, epoch) if shuffle else np.arange(len(indices))
-    return indices[shard.take(places)]
+    return shard.take(not_done(indices[places], done))
 
 
 def stream_order(
-    rows: Iterable[Any], shard: Shard, *, shuffle: bool, seed: int, epoch: int, block: int = BLOCK
+    rows: Iterable[Any],
+    shard: Shard,
+    *,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    done: np.ndarray | None = None,
+    block: int | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """The shard's rows of a stream with their numbers, shuffled within blocks.
+    """The shard's rows of a stream with their numbers, shuffled within blocks, less those done.
 
     Every shard reads the whole stream and keeps its part, so that no row is lost or doubled
     whatever files the stream is made of.
     """
-    iterator = iter(rows)
-    start = 0
+    iterator, size = iter(rows), block or BLOCK
+    start = dealt = 0
     for number in range(2**62):
-        members = list(islice(iterator, block))
+        members = list(islice(iterator, size))
         if not members:
             return
-        places = np.arange(len(members))
-        if shuffle:
-            places = permutation(len(members), seed, epoch, number)
+        ids = not_done(_block(number, len(members), size, shuffle, seed, epoch), done)
         # where the strides of this block begin depends on the rows before it
-        for place in Shard((shard.index - start) % shard.count, shard.count).take(places):
-            yield start + int(place), members[place]
+        for row_id in Shard((shard.index - dealt) % shard.count, shard.count).take(ids).tolist():
+            yield row_id, members[row_id - start]
         start += len(members)
+        dealt += len(ids)
 
 
-@dataclass
-class Tally:
-    """Counts rows until somebody takes the report."""
-
-    report: RowReport
-
-    def read(self, truncated: bool) -> None:
-        """Counts a row that became an example."""
-        self.report = self.report + RowReport(rows=1, truncated=int(truncated))
-
-    def refuse(self, index: int, error: BadRow) -> None:
-        """Counts a row that could not."""
-        shown: dict[str, tuple[tuple[int, str], ...]] = {error.reason: ((index, error.detail),)}
-        if len(self.report.shown.get(error.reason, ())) >= NUM_SHOWN:
-            shown = {}
-        self.report = self.report + RowReport(rows=1, bad=Counter([error.reason]), shown=shown)
-
-    def take(self) -> RowReport:
-        """The report since the last one."""
-        report, self.report = self.report, RowReport()
-        return report
+def stream_ids(
+    num_pulled: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    done: np.ndarray | None = None,
+    block: int | None = None,
+) -> np.ndarray:
+    """The numbers of the first rows of a stream in the order of `stream_order`, of all shards."""
+    size = block or BLOCK
+    blocks = [
+        _block(number, min(size, num_pulled - start), size, shuffle, seed, epoch)
+        for number, start in enumerate(range(0, num_pulled, size))
+    ]
+    return not_done(np.concatenate([np.zeros(0, dtype=np.int64), *blocks]), done)
 
 
-class RowStream(IterableDataset[Batch]):
-    """The batches of one epoch that this rank's share of the rows gives, split among its workers.
-
-    Args:
-        rows: A table, of which `indices` are read, or a stream, read whole up to `max_rows`.
-        schema: One of `SCHEMAS`.
-        held_out: For streams: the share of conversations to leave out, for validation.
-        sort_window: With packing off, so many batches of rows are sorted by length together.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        indices: np.ndarray | None,
-        encoder: PromptEncoder,
-        schema: str,
-        *,
-        batch_size: int,
-        packing: bool,
-        shuffle: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        max_rows: int | None = None,
-        held_out: float = 0.0,
-        sort_window: int = SORT_WINDOW,
-    ) -> None:
-        self.rows, self.indices, self.encoder, self.schema = rows, indices, encoder, schema
-        self.batch_size, self.packing, self.shuffle, self.seed = batch_size, packing, shuffle, seed
-        self.rank, self.world_size = rank, world_size
-        self.max_rows, self.held_out = max_rows, held_out
-        self.sort_window = sort_window
-        tokenizer = encoder.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.pad_id = int(pad)
-        # in shared memory: workers that live for several epochs have copies of everything else
-        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._kept: dict[int, tuple[array[int], array[int], bool] | BadRow] = {}
-        self._num_kept_tokens = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass the one of this epoch, in all workers."""
-        self.epoch[0] = epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        num_workers = worker.num_workers if worker else 1
-        shard = Shard(
-            self.rank * num_workers + (worker.id if worker else 0), self.world_size * num_workers
-        )
-        tally = Tally(RowReport())
-        # One batch stays behind, so that the last one can carry the report of the last rows.
-        held: Sequence[Sequence[Example]] | None = None
-        for sequences in self._groups(self._examples(shard, tally), shard):
-            if held is not None:
-                yield collate(held, self.pad_id, self.packing, tally.take())
-            held = sequences
-        if held is not None:
-            yield collate(held, self.pad_id, self.packing, tally.take())
-        elif tally.report.rows:
-            yield empty_batch(self.pad_id, tally.take())
-
-    def _read(self, shard: Shard) -> Iterator[tuple[int, Any]]:
-        epoch = int(self.epoch[0])
-        if self.indices is None:
-            assert not isinstance(self.rows, RowTable)
-            first = islice(iter(self.rows), self.max_rows)
-            rows = stream_order(first, shard, shuffle=self.shuffle, seed=self.seed, epoch=epoch)
-            for number, row in rows:
-                if not (self.held_out and is_held_out(row_key(row, self.schema), self.held_out)):
-                    yield number, row
-            return
-        assert isinstance(self.rows, RowTable)
-        for index in table_order(
-            self.indices, shard, shuffle=self.shuffle, seed=self.seed, epoch=epoch
-        ):
-            yield int(index), None if int(index) in self._kept else self.rows[int(index)]
-
-    def _examples(self, shard: Shard, tally: Tally) -> Iterator[Example]:
-        for index, row in self._read(shard):
-            try:
-                example = self._encode(index, row)
-            except BadRow as error:
-                tally.refuse(index, error)
-                continue
-            tally.read(example.truncated)
-            yield example
-
-    def _encode(self, index: int, row: Any) -> Example:
-        kept = self._kept.get(index)
-        if isinstance(kept, BadRow):
-            raise BadRow(kept.reason, kept.detail)
-        if kept is not None:
-            return Example(kept[0].tolist(), kept[1].tolist(), kept[2], index)
-        keep = self.indices is not None and self._num_kept_tokens < NUM_KEPT_TOKENS
-        try:
-            example = self.encoder.encode(to_conversation(row, self.schema))
-            example = replace(example, row_id=index)
-        except BadRow as error:
-            if keep:
-                self._kept[index] = BadRow(error.reason, error.detail)
-            raise
-        if keep:
-            ids, targets = array("i", example.input_ids), array("i", example.targets)
-            self._kept[index] = (ids, targets, example.truncated)
-            self._num_kept_tokens += len(ids)
-        return example
-
-    def _groups(
-        self, examples: Iterator[Example], shard: Shard
-    ) -> Iterator[Sequence[Sequence[Example]]]:
-        """The sequences of one batch after another."""
-        size = self.batch_size
-        if self.packing:
-            sequences = pack(examples, self.encoder.max_length)
-            while group := list(islice(sequences, size)):
-                yield group
-            return
-        for window in range(2**62):
-            members = list(islice(examples, size * self.sort_window))
-            if not members:
-                return
-            if self.sort_window > 1:
-                members.sort(key=lambda example: len(example.input_ids))
-            groups = [
-                [[example] for example in members[i : i + size]]
-                for i in range(0, len(members), size)
-            ]
-            if self.shuffle:
-                key = (self.seed, int(self.epoch[0]), window, shard.index)
-                groups = [groups[i] for i in permutation(len(groups), *key)]
-            yield from groups
+def _block(number: int, num: int, size: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
+    """The ids of the rows of a block, which may be shorter than `size` if it is the last."""
+    places = permutation(num, seed, epoch, number) if shuffle else np.arange(num)
+    return number * size + places
 
 
 def first_columns(rows: Rows, num: int = 100) -> list[str]:

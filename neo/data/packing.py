@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from neo.data.place import Place
 from neo.data.prompt import IGNORE, Example
 
 # Sequences that are open at a time: more packs tighter, and looks at more of them per example.
@@ -47,6 +49,37 @@ class RowReport:
         """How many rows could not be used, for whatever reason."""
         return sum(self.bad.values())
 
+    def share(self, rank: int, world_size: int) -> "RowReport":
+        """This rank's part of the counts; the parts of all ranks add up to the whole."""
+
+        def part(number: int) -> int:
+            return len(range(rank, number, world_size))
+
+        return RowReport(
+            rows=part(self.rows),
+            truncated=part(self.truncated),
+            bad=+Counter({reason: part(count) for reason, count in self.bad.items()}),
+            shown={
+                reason: mine
+                for reason, rows in self.shown.items()
+                if (mine := rows[rank::world_size])
+            },
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The same in types that a checkpoint may hold."""
+        return {
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "bad": dict(self.bad),
+            "shown": dict(self.shown),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "RowReport":
+        """The report that `plain` was made of."""
+        return cls(**plain | {"bad": Counter(plain["bad"])})
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,6 +88,7 @@ class Batch:
     `position_ids` restart at 0 at every packed example, which is what keeps examples from seeing
     each other; `targets` are aligned with `input_ids`, with `IGNORE` where nothing is supervised.
     `row_ids` name the rows that lie in it, as `Example.row_id` does, sequence by sequence.
+    `places` say where the readers stand behind it that gave it, and those that gave none before.
     """
 
     input_ids: Int64[Tensor, "batch length"]
@@ -63,6 +97,9 @@ class Batch:
     report: RowReport = field(default_factory=RowReport)
     num_rows: int = 0  # that lie in it, where the report counts those read for it and ahead of it
     row_ids: tuple[int, ...] = ()
+    places: tuple[Place, ...] = ()
+    # That lie in this batch and its fellows on all other ranks, and bad ones read for them.
+    num_rows_all_ranks: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on the device."""
@@ -88,15 +125,28 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
 
+Bins = list[tuple[int, list[Example]]]
+
+
 def pack(
-    examples: Iterable[Example], max_length: int, num_open: int = NUM_OPEN
+    examples: Iterable[Example],
+    max_length: int,
+    num_open: int = NUM_OPEN,
+    bins: Bins | None = None,
 ) -> Iterator[list[Example]]:
     """Sequences of at most `max_length` tokens, each a list of whole examples.
 
     Best fit: an example goes to the fullest open sequence that has room. With `num_open` sequences
     open and room in none, the fullest is given out. The same examples give the same sequences.
+
+    Args:
+        examples: Read one by one.
+        max_length: Tokens in a sequence at most.
+        num_open: Sequences that are open at a time.
+        bins: The open sequences with their lengths. Whenever a sequence is given out, they and it
+            hold all examples read before; who begins with them goes on from there.
     """
-    bins: list[tuple[int, list[Example]]] = []
+    bins = [] if bins is None else bins
     for example in examples:
         length = len(example.input_ids)
         if length > max_length:
@@ -110,11 +160,14 @@ def pack(
             if used + length == max_length:
                 yield bins.pop(best)[1]
             continue
+        full = None
         if len(bins) == num_open:
-            yield bins.pop(max(range(num_open), key=lambda i: bins[i][0]))[1]
+            full = bins.pop(max(range(num_open), key=lambda i: bins[i][0]))[1]
         bins.append((length, [example]))
-    for _, members in bins:
-        yield members
+        if full is not None:
+            yield full
+    while bins:
+        yield bins.pop(0)[1]
 
 
 def collate(

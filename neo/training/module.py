@@ -77,7 +77,7 @@ class NeoModule(L.LightningModule):
         self.built = False
         self.penalty: Tensor | None = None  # of the last step
         self.num_tokens = torch.tensor(0)  # supervised, trained on by all ranks; on the device
-        self.rows_in_epoch = 0
+        self.rows_in_epoch = 0  # consumed by all ranks
         self.rows_in_step = 0
         self.step_sums: TokenSums | None = None  # of the optimizer step under way
         self.val_sums: TokenSums | None = None
@@ -210,13 +210,13 @@ class NeoModule(L.LightningModule):
         distils = self.loss.kd_ratio > 0
         positions = self.loss.kd_positions if distils else "aligned"
         sums = self.token_sums(batch, with_teacher=distils, kd_positions=positions)
-        rows = batch.num_rows + batch.report.num_bad
+        rows = batch.num_rows_all_ranks
         self.rows_in_step = rows + (0 if self.step_sums is None else self.rows_in_step)
         so_far = sums.detach()
         self.skipped.add(batch.row_ids, so_far)
         self.step_sums = so_far if self.step_sums is None else self.step_sums + so_far
         data = cast(Any, self.trainer).datamodule
-        data.add_report(batch.report)
+        data.consume(batch)
         first = data.position[1] == 1
         self.rows_in_epoch = rows + (0 if first else self.rows_in_epoch)
         return sums.loss
@@ -288,7 +288,7 @@ class NeoModule(L.LightningModule):
             epoch = trainer.datamodule.position[
                 0
             ]  # Lightning's own can be one ahead after a resume
-            rows = (self.rows_in_epoch - self.rows_in_step / 2) * trainer.world_size
+            rows = self.rows_in_epoch - self.rows_in_step / 2
             shares.append((epoch + rows / trainer.datamodule.num_rows) / trainer.max_epochs)
         return min(1.0, max(shares, default=0.0))
 
