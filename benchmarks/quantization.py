@@ -41,7 +41,8 @@ from neo.config import build, conf_dir, open_groups, register, resolve
 from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 from neo.models.quantization import KINDS, dequantized
 from neo.models.student import inner
 from neo.models.tokenizers import num_token_ids

@@ -37,7 +37,8 @@ from workload import MAX_LENGTH, STUDENT, TEACHER, VOCAB, write_workload
 from neo.config import build, conf_dir, open_groups, register, resolve
 from neo.data.packing import Batch, RowReport, collate, pack
 from neo.data.prompt import PromptEncoder
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 from neo.models.student import inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher

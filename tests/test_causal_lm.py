@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from neo.models import causal_lm
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,8 @@ from lab import tiny_model, tokenizer
 from transformers import LlamaForCausalLM
 
 from neo.data.prompt import PromptEncoder
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 from neo.training.exact_match import answers, exact_match
 
 ROWS = [

@@ -24,8 +24,9 @@ from transformers import (
 )  # fmt: skip
 
 from neo.models import head as head_module
-from neo.models.causal_lm import CausalLM, check_head, check_packing, hidden_states
+from neo.models.causal_lm import CausalLM
 from neo.models.head import head_of
+from neo.models.hidden import check_head, check_packing, hidden_states
 
 IDS = torch.arange(4, 13)[None]
 POSITIONS = torch.arange(9)[None]

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from neo.config import ConfigError, validate
 from neo.models import integer_weights as module
 from neo.models import quantization
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 from neo.models.integer_weights import GROUP_SIZES, INTEGERS, check_fit, integer_problems
 from neo.models.quantization import quantization_problems
 from neo.models.student import logits_on

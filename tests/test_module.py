@@ -10,7 +10,8 @@ from neo.data.datamodule import DataModule, peek
 from neo.data.stream import FileData
 from neo.losses.distillation import Distillation
 from neo.models import causal_lm
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 from neo.models.student import save_student, trained_parameters
 from neo.models.tokenizers import num_token_ids
 from neo.models.variants import lora, none

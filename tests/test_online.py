@@ -6,8 +6,8 @@ from fits import fit, history, trained
 from lab import tiny_model
 from torch import nn
 
-from neo.models.causal_lm import check_packing, hidden_states
 from neo.models.head import head_of
+from neo.models.hidden import check_packing, hidden_states
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
 
 CPU, META = torch.device("cpu"), torch.device("meta")

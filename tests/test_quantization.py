@@ -9,7 +9,8 @@ from torch import nn
 
 from neo.config import validate
 from neo.models import causal_lm, quantization
-from neo.models.causal_lm import CausalLM, hidden_states
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import hidden_states
 from neo.models.quantization import dequantized, quantization_problems
 from neo.models.start import attach_branch
 from neo.models.student import build_student, logits_on, trained_parameters

@@ -13,7 +13,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from neo.models.causal_lm import hidden_states
+from neo.models.hidden import hidden_states
 from neo.models.variants import Variant, config_of
 
 # Passes over the rows after which EVA is said not to converge; PEFT would go on for ever.

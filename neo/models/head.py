@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 # What a model may do to the products of its head before it calls them logits, by the key of its
-# config. A model that does anything else is found out by `causal_lm.check_head`.
+# config. A model that does anything else is found out by `hidden.check_head`.
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, MiniCPM3; Inkling
 # Gemma 2, NanoChat and others; RecurrentGemma; xLSTM

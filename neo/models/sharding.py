@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from neo.models.causal_lm import CausalLM, check_head
+from neo.models.causal_lm import CausalLM
+from neo.models.hidden import check_head
 from neo.models.start import Start, attach_known, take_out
 from neo.models.student import inner
 from neo.models.variants import Variant

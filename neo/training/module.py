@@ -14,11 +14,12 @@ from neo.data.datamodule import first_batches
 from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
 from neo.models.calibration import Calibration
-from neo.models.causal_lm import CausalLM, check_packing
+from neo.models.causal_lm import CausalLM
 from neo.models.head import gathered
-from neo.models.sharding import decoder_layers, is_sharded, reshard, sharded_student
+from neo.models.hidden import check_packing
+from neo.models.sharding import decoder_layers, is_sharded, reshard
 from neo.models.start import Start, attach_branch, is_computed, needs_rows, start_of
-from neo.models.student import build_student, inner, trained_parameters
+from neo.models.student import inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
 from neo.training.calibrate import calibration_of
@@ -28,6 +29,7 @@ from neo.training.optim import AdamW
 from neo.training.peak_memory import PeakMemory
 from neo.training.random_state import random_states, restore_random_state
 from neo.training.skipped_steps import SkippedSteps, gradient_norm
+from neo.training.split import split_student
 from neo.training.strategies import local
 from neo.training.token_loss import batch_sums
 
@@ -99,7 +101,7 @@ class NeoModule(L.LightningModule):
         began = time.perf_counter()
         with self.memory.part() as measured:
             if base is None:
-                self.student = self._split_student(strategy)
+                self.student = split_student(self)
             else:
                 self.student = self._attached(base, lora, device)
         self.init_metrics["perf/init_s"] = time.perf_counter() - began
@@ -124,34 +126,6 @@ class NeoModule(L.LightningModule):
                         layer.forward = torch.compile(layer.forward, dynamic=True)
         self.built = True
 
-    def _split_student(self, strategy: Any) -> nn.Module:
-        """The student, split over the processes; a start is computed by the first of them.
-
-        For that it holds the base whole, in its own dtype, and the teacher, too, where the start is
-        one of the loss; both go before the parts are loaded.
-        """
-        student, _, lora = self.specs
-        start = self.start
-        if is_computed(lora.adapter) and start is None:
-            if self.trainer.is_global_zero:
-                device = strategy.root_device
-                base = student.load(device, trained=False, seed=self.seed)
-                calibration = None
-                if needs_rows(lora.adapter):
-                    calibration = self._calibration(base, lora, device)
-                start = start_of(attach_branch(base, lora, self.seed, None, calibration))
-                del base, calibration
-            start = strategy.broadcast(start)
-        mixed = self.trainer.precision == "bf16-mixed" and lora.adapter is None
-        return sharded_student(
-            student,
-            lora,
-            strategy.mesh,
-            self.seed,
-            start,
-            compute_dtype=torch.bfloat16 if mixed else None,
-        )
-
     def _attached(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
         """The base with its branch; a start is computed by the first process and given to all."""
         alone = self._trainer is None or self.trainer.world_size == 1
@@ -159,7 +133,7 @@ class NeoModule(L.LightningModule):
         if not computes or alone or self.trainer.is_global_zero:
             calibration = None
             if computes and needs_rows(lora.adapter):
-                calibration = self._calibration(base, lora, device)
+                calibration = self.calibration(base, lora, device)
             student = attach_branch(base, lora, self.seed, self.start, calibration)
             if not computes or alone:
                 return student
@@ -168,7 +142,7 @@ class NeoModule(L.LightningModule):
         start = self.trainer.strategy.broadcast(None)
         return attach_branch(base, lora, self.seed, start)
 
-    def _calibration(
+    def calibration(
         self, base: PreTrainedModel, lora: Variant, device: torch.device
     ) -> Calibration | None:
         """The first rows of training, with both models where these rows are run."""
@@ -371,24 +345,3 @@ class NeoModule(L.LightningModule):
             data = cast(Any, self.trainer).datamodule
             restore_random_state(states, self.global_rank, self.seed, data.position)
             del self.restored_rng
-
-
-def whole_student(module: NeoModule) -> nn.Module | None:
-    """The trained student in the first process, None in the others; all of them must call.
-
-    One that is split is put together again around the base, whole in its own dtype on the CPU.
-    """
-    strategy: Any = module.trainer.strategy
-    if not is_sharded(inner(module.student)):
-        return module.student if strategy.is_global_zero else None
-    state = strategy.lightning_module_state_dict()
-    if not strategy.is_global_zero:
-        return None
-    student, _, lora = module.specs
-    whole = build_student(
-        student, lora, strategy.root_device, module.seed, start_of(module.student)
-    )
-    whole.load_state_dict(
-        {name.removeprefix("student."): value for name, value in state.items()}, strict=False
-    )
-    return whole

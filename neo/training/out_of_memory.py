@@ -22,6 +22,7 @@ _PARTS = (
     ("neo/training/token_loss.py", "of_teacher = ", "the teacher's forward pass"),
     ("neo/training/token_loss.py", "of_student = ", "the student's forward pass"),
     ("neo/training/module.py", ".load", "loading a model"),
+    ("neo/models/sharding.py", "", "loading a model"),
     ("neo/training/module.py", "attach", "building the branch"),
     ("neo/training/exact_match.py", "", "answering"),
 )

@@ -12,8 +12,8 @@ from neo.data.prompt import IGNORE
 from neo.losses.distillation import Distillation, TokenSums
 from neo.losses.fused import fused_sums
 from neo.losses.head import Head
-from neo.models.causal_lm import hidden_states
 from neo.models.head import head_of
+from neo.models.hidden import hidden_states
 
 
 def batch_sums(

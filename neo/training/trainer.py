@@ -81,6 +81,11 @@ def _range_problems(node: Mapping[str, Any]) -> Iterator[str]:
         return
     if (strategy := node.get("strategy", "auto")) not in STRATEGIES:
         yield f"trainer.strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}"
+    if str(node.get("precision")) in ("16-true", "bf16-true", "transformer-engine"):
+        yield (
+            f"trainer.precision={node['precision']!r}: what trains is float32 here; use bf16-mixed "
+            "with student.dtype=bfloat16, or 32-true"
+        )
     for key, least in LEAST.items():
         if not isinstance(node[key], int) or node[key] < least:
             yield f"trainer.{key}={node[key]!r}: must be an integer of at least {least}"
