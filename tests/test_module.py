@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from neo.data.datamodule import DataModule, peek
 from neo.data.stream import FileData
 from neo.losses.distillation import Distillation
-from neo.models import causal_lm
+from neo.models import hidden
 from neo.models.causal_lm import CausalLM
 from neo.models.hidden import hidden_states
 from neo.models.student import save_student, trained_parameters
@@ -107,7 +107,7 @@ def test_a_model_that_carries_state_between_packed_examples_does_not_train_on_th
         everywhere = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         return hidden_states(model, input_ids, everywhere)
 
-    monkeypatch.setattr(causal_lm, "hidden_states", leaking)
+    monkeypatch.setattr(hidden, "hidden_states", leaking)
     with pytest.raises(ValueError, match=r"carries state .*; set data\.packing=false"):
         fit(build(), data(packing=True))
     fit(build(), data(packing=False))
