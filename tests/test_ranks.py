@@ -10,7 +10,7 @@ from neo.data.ranks import Ranks
 
 RUN = """
 import json, os, sys
-sys.path.insert(0, os.environ["TESTS"])
+sys.path[:0] = [os.environ["TESTS"], os.path.dirname(os.environ["TESTS"])]
 import lightning as L
 import torch
 from readers import TOKENIZER, GivenData, mixed_rows

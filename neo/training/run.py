@@ -226,7 +226,8 @@ class Run:
                 self.metrics["train/skipped_steps"] = module.skipped.num
         self.checkpoints.save(trainer)  # before what follows can fail or be stopped
         self.signals.check_end(trainer)
-        self.report = sum(self.data.ranks.gather(self.data.report), RowReport())
+        reports = self.data.ranks.gather(self.data.report.plain())
+        self.report = sum(map(RowReport.from_plain, reports), RowReport())
         if self.data.num_val_rows:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
