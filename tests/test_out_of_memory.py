@@ -148,8 +148,8 @@ def in_optimizer(patch):
         (in_student, "the student's forward pass"),
         (in_teacher, "the teacher's forward pass"),
         (in_loss, "the loss"),
-        (in_backward, "the backward pass"),
-        (in_optimizer, "the optimizer's step"),
+        pytest.param(in_backward, "the backward pass", marks=pytest.mark.slow),
+        pytest.param(in_optimizer, "the optimizer's step", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_out_of_memory_says_where_and_by_how_much_and_can_be_started_again(
@@ -168,7 +168,8 @@ def test_a_run_out_of_memory_says_where_and_by_how_much_and_can_be_started_again
     assert fit(student_dir, teacher_dir, tmp_path / "run", *SETTINGS, rows).status == "ok"
 
 
-def test_a_run_goes_on_from_its_checkpoint_with_a_smaller_micro_batch(
+@pytest.mark.slow
+def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(
     rows, student_dir, tmp_path, monkeypatch
 ):
     settings = ("method=lora", "data.packing=false", "checkpoint_every_n_steps=1", "optim.lr=0.01")

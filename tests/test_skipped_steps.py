@@ -27,18 +27,20 @@ def rows(tmp_path):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Spoils what chosen steps give: their loss with its gradient, or the gradient alone."""
+    """Spoils what chosen steps give: their loss, its gradient, or both."""
 
-    def spoil(steps, value=math.nan, only_gradient=False):
+    def spoil(steps, value=math.nan, what="both"):
         token_sums = NeoModule.token_sums
 
         def spoilt(self, batch: Batch, **keys) -> TokenSums:
             sums = token_sums(self, batch, **keys)
             if not self.trainer.training or self.trainer.global_step not in steps:
                 return sums
-            if only_gradient:
+            if what == "gradient":
                 sums.loss.register_hook(lambda gradient: gradient * value)
                 return sums
+            if what == "loss":
+                return replace(sums, loss=sums.loss + value)
             return replace(sums, loss=sums.loss * value)
 
         monkeypatch.setattr(NeoModule, "token_sums", spoilt)
@@ -46,13 +48,19 @@ def spoil(monkeypatch):
     return spoil
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("only_gradient", [False, True])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(math.nan, "both"), (math.inf, "loss"), (-math.inf, "gradient")]
+    + [
+        pytest.param(value, what, marks=pytest.mark.slow)
+        for value, what in ((math.inf, "both"), (math.nan, "loss"), (math.nan, "gradient"))
+    ],
+)
 def test_a_step_without_a_number_is_skipped_counted_and_names_its_rows(
-    value, only_gradient, spoil, rows, student_dir, tmp_path, capsys
+    value, what, spoil, rows, student_dir, tmp_path, capsys
 ):
     seen = {}
-    spoil({2}, value, only_gradient)
+    spoil({2}, value, what)
     with pytest.MonkeyPatch.context() as patch:
         step = NeoModule.training_step
         patch.setattr(
@@ -67,7 +75,7 @@ def test_a_step_without_a_number_is_skipped_counted_and_names_its_rows(
     (line,) = [line for line in said.splitlines() if line.startswith("step ")]
     assert line.startswith("step 2: ")
     assert f"in rows {', '.join(map(str, seen[2]))}. The step is skipped (1 of at most 10)" in line
-    if not only_gradient:
+    if what != "gradient":
         assert f"train/loss {value:g}, train/ce" in line
     assert all(value.isfinite().all() for value in trained(tmp_path / "run").values())
     assert all(math.isfinite(loss) for loss in history(tmp_path / "run", "train/loss"))
@@ -160,6 +168,7 @@ def test_a_run_of_which_every_step_was_skipped_has_diverged(spoil, rows, student
     assert read_record(tmp_path / "run" / "record.json").status == "diverged"
 
 
+@pytest.mark.slow
 def test_only_the_micro_batch_at_fault_is_named(rows, student_dir, tmp_path, monkeypatch):
     token_sums, seen = NeoModule.token_sums, []
 
@@ -192,6 +201,7 @@ def test_a_validation_without_a_number_has_diverged_but_leaves_what_was_trained(
     assert trained(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_count_goes_on_after_a_stop(spoil, rows, student_dir, tmp_path):
     spoil({1, 5})
     with power_cut(3):

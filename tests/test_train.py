@@ -118,7 +118,7 @@ def test_out_of_memory_is_recorded(student_dir, tmp_path, monkeypatch):
         fit(student_dir, None, tmp_path, "method=sft")
     record = read_record(tmp_path / "record.json")
     assert record.status == "oom"
-    assert "20.00 GiB" in record.error
+    assert "20.00 GiB were asked for" in record.error
 
 
 def test_a_dry_run_prints_the_plan_and_writes_and_loads_nothing(

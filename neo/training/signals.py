@@ -38,7 +38,7 @@ class StopSignals(L.Callback):
     other (one number per step, beside the ones they exchange anyway; alone nothing), write a
     checkpoint together and leave. It is asked at every step, so that a warning of seconds is
     enough, and no process runs into a sum that another will never join. A validation is left in the
-    same way, between its batches, with a checkpoint of the step before it.
+    same way, between its batches, with a checkpoint of the step before it; it is not repeated.
 
     Elsewhere, as while weights are loaded, there is nothing to save and the run ends at once. A
     second SIGTERM ends the process on the spot.
