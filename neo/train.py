@@ -3,42 +3,22 @@
 Usage: python -m neo.train [group=choice ...] [key=value ...]; `--help` explains.
 """
 
-import logging
 import os
-import re
 import sys
 import time
-import warnings
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
-from neo.config import (
-    GROUPS,
-    SPECS,
-    ConfigError,
-    RunConfig,
-    build,
-    conf_dir,
-    meant,
-    open_groups,
-    register,
-    resolve,
-    run_id,
-)
+from neo.config import SPECS, build, conf_dir, open_groups, register, resolve, run_id
 from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
 from neo.models.start import Start
@@ -51,22 +31,20 @@ from neo.training.callbacks import (
     StopOnNaN,
     Throughput,
 )
+from neo.training.command_line import REFUSED, console, leave, quiet
 from neo.training.consistency import check_config
 from neo.training.exact_match import exact_match
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting, meet_all
 from neo.training.module import NeoModule
 from neo.training.peak_memory import PeakMemory
+from neo.training.preflight import planned_or_refused
 from neo.training.run_folder import recorded_run
 from neo.training.summary import print_plan, print_result
 from neo.training.trainer import build_trainer
 
-# What a user's config, and what a user's data, models or machine may raise.
-REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
+# What a user's data, models or machine may raise.
 FAILED = (ValueError, DivergedError, MisconfigurationException, torch.OutOfMemoryError)
-CHOICES = "teacher=none, lora=none or logger=csv"
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -78,9 +56,9 @@ def main() -> None:
     try:
         entry(_job)()
     except REFUSED as error:  # before the job began, or by a job of a sweep
-        _leave(error, 2)
+        leave(error, 2)
     except FAILED as error:
-        _leave(error, 1 if HydraConfig.initialized() else 2)
+        leave(error, 1 if HydraConfig.initialized() else 2)
 
 
 def _job(composed: DictConfig) -> None:
@@ -89,32 +67,7 @@ def _job(composed: DictConfig) -> None:
     except (*REFUSED, *FAILED) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the other jobs of the sweep go on, and Hydra raises it at the end
-        _leave(error, 2 if isinstance(error, REFUSED) else 1)
-
-
-def _leave(error: Exception, status: int) -> NoReturn:
-    """Exits with a message in place of a traceback."""
-    console.print(_explain(error), markup=False)
-    sys.exit(status)
-
-
-def _explain(error: Exception) -> str:
-    """The message of a refusal; where it is Hydra's, in terms of our groups and keys."""
-    text = str(error).split("\nConfig search path")[0]
-    if text.startswith("Config group override must be"):
-        nulls = [a for a in sys.argv[1:] if re.fullmatch(rf"({'|'.join(GROUPS)})=(null)?", a)]
-        return f"{' '.join(nulls)}: a group takes the name of a file in conf/, such as {CHOICES}"
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        return text
-    if found := re.search(r"Could not override '([^']*)'|Key '(\w+)' not in 'RunConfig'", text):
-        key, groups = found[1] or found[2], [*GROUPS, "experiment"]
-        keys = [field.name for field in fields(RunConfig) if field.name not in groups]
-        guess = meant(key, [*groups, *keys])
-        return (
-            f"{key}: no such group or key{guess}; the groups are {', '.join(groups)}, "
-            f"the other keys {', '.join(keys)}"
-        )
-    return text if error.__cause__ is None else f"{text}\n{error.__cause__}"
+        leave(error, 2 if isinstance(error, REFUSED) else 1)
 
 
 def train(composed: DictConfig) -> RunRecord | None:
@@ -124,7 +77,7 @@ def train(composed: DictConfig) -> RunRecord | None:
         ConfigError: The config cannot run; nothing was loaded or written.
     """
     config = resolve(composed)
-    _quiet()
+    quiet()
     check_config(config)
     identity = run_id(config)
     folder = Path(config["run_dir"] or f"runs/{config['experiment_name']}/{identity}")
@@ -137,7 +90,8 @@ def train(composed: DictConfig) -> RunRecord | None:
     if specs["teacher"].path is None:
         specs["teacher"] = None
     meeting, data = meet_all(config, specs)
-    print_plan(console, config, specs, folder, meeting, data)
+    plan = planned_or_refused(config, specs, meeting.vocab, data)
+    print_plan(console, config, specs, folder, meeting, data, plan)
     if config["dry_run"]:
         return None
     return Run(config, identity, folder, specs, meeting, data).record()
@@ -313,16 +267,6 @@ def _hydra_choices() -> tuple[dict[str, str], list[str]]:
     hydra_config = HydraConfig.get()
     choices = {k: str(v) for k, v in hydra_config.runtime.choices.items() if "/" not in k}
     return choices, [override.removeprefix("++") for override in hydra_config.overrides.task]
-
-
-def _quiet() -> None:
-    """Silences what Lightning says about settings that are ours on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    # PEFT 0.21 asks transformers, and Lightning 2.6 asks torch, by a name about to go.
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec.. is deprecated")
 
 
 if __name__ == "__main__":

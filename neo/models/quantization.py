@@ -68,10 +68,11 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     return model.float()
 
 
-def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def quantization_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[str]:
     """What stands against the 4-bit models that a run's config asks for.
 
-    Groups that are wrong by themselves are others' to report.
+    Groups that are wrong by themselves are others' to report. Whether the run is for this machine
+    (`here`) decides whether that is looked at.
     """
     if not isinstance(config["trainer"], Mapping):
         return
@@ -80,7 +81,7 @@ def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
         kind = config[role].get("quantization")
         if kind not in KINDS or config[role].get("path") is None:
             continue
-        for problem in (_lacking(), _no_device(accelerator)):
+        for problem in (_lacking(), _no_device(accelerator)) if here else ():
             if problem:
                 yield f"{role}.quantization={kind!r}: {problem}"
         if role == "student":
