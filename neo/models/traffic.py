@@ -100,6 +100,12 @@ class Units:
         return max((layer.gradient() for layer in self.layers), default=0)
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the backbone, in order: what recomputes activations, and what FSDP gathers."""
+    decoder = model.get_decoder()
+    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 def units_of(
     model: PreTrainedModel,
     frozen: torch.dtype,
@@ -131,8 +137,7 @@ def units_of(
             weights.append(Weight(rows, num_bytes / rows, p.numel() // rows, p.requires_grad))
         return Unit(tuple(weights))
 
-    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
-    of_layers = tuple(unit(layer.parameters()) for layer in layers)
+    of_layers = tuple(unit(layer.parameters()) for layer in decoder_layers(model))
     backbone = unit(model.get_decoder().parameters())
     rest = unit(model.parameters())
     return Units(of_layers, backbone, rest if rest.weights else None)

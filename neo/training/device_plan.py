@@ -20,6 +20,7 @@ from neo.models.traffic import (
 from neo.training.step_cost import AUTOCAST, StepCost, Workload, count_step
 
 GIB = 2**30
+BACKWARD = ("backward", "recomputation")
 # What comes to the parts of `step_cost` with several devices.
 GATHERED, BUCKETS = "gathered units", "reduction buffers"
 
@@ -215,7 +216,7 @@ def _shard_student(
         whole = part == "gradients" and workload.accumulate > 1 and _reduces_once(cost.student)
         if part in parts and not whole:
             parts[part] = _share(parts[part] * cost.kept_over_gathered, num)
-    if phase == "backward":  # a layer's gradients, and the buffer they are reduced from
+    if phase in BACKWARD:  # a layer's gradients, and the buffer they are reduced from
         parts[BUCKETS] = 2 * cost.student.largest_layer_gradient
 
 
@@ -232,7 +233,7 @@ def _student_gathered(phase: str, student: Units) -> int:
     """Bytes of the student's units that are whole in a phase; the next layer's among them."""
     if phase == "optimizer step":
         return 0
-    layers = 2 * student.largest_layer if phase in ("student forward", "backward") else 0
+    layers = 2 * student.largest_layer if phase in ("student forward", *BACKWARD) else 0
     head = student.head.gathered() if phase == "loss" and student.head is not None else 0
     return student.backbone.gathered() + layers + head
 

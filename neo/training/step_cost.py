@@ -6,7 +6,7 @@ read. One process on one device; `device_plan` says what several make of it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,14 @@ from neo.training.token_loss import batch_sums
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16,
             "16-mixed": torch.float16, "16": torch.float16}  # fmt: skip
 # In the order of a step.
-PHASES = ("student forward", "teacher forward", "loss", "backward", "optimizer step")
+PHASES = (
+    "student forward",
+    "teacher forward",
+    "loss",
+    "backward",
+    "recomputation",  # of activations, in the backward pass
+    "optimizer step",
+)
 # What a part is made of; see `StepCounter`.
 PARTS = (
     "student",  # weights of the base, or all of them
@@ -82,6 +89,7 @@ class StepCost:
 
     Args:
         peaks: For each phase, what lay in memory when it held most, in bytes by part.
+        kept: What lies in memory when the backward pass begins, in bytes by part.
         flops: By phase, of one micro-batch.
         model_flops: Of one micro-batch, without what is computed twice to save memory.
         student: Its weights, as FSDP would gather them.
@@ -91,6 +99,7 @@ class StepCost:
     """
 
     peaks: dict[str, dict[str, int]]
+    kept: dict[str, int]
     flops: dict[str, int]
     model_flops: int
     student: Units
@@ -128,17 +137,11 @@ def count_step(
     """
     count = _Count(specs, workload, device_type, precision, clip, gathered)
     counter = count.run()
-    model_flops = sum(counter.flops.values())
-    if specs["student"].activation_checkpointing:
-        student = replace(specs["student"], activation_checkpointing=False)
-        once = _Count(
-            dict(specs) | {"student": student}, workload, device_type, precision, clip, gathered
-        )
-        model_flops = sum(once.run().flops.values())
     return StepCost(
         peaks={phase: counter.peaks[phase] for phase in PHASES if phase in counter.peaks},
+        kept=count.kept,
         flops={phase: counter.flops[phase] for phase in PHASES if counter.flops.get(phase)},
-        model_flops=model_flops,
+        model_flops=sum(counter.flops.values()) - counter.flops["recomputation"],
         student=count.student_units,
         teacher=count.teacher_units,
         kept_over_gathered=torch.float32.itemsize // gathered.itemsize,
@@ -176,6 +179,7 @@ class _Count:
             self.teacher_units = units_of(
                 self.teacher, self.dtypes["teacher"], quantization=teacher.quantization
             )
+        self.kept: dict[str, int] = {}
         # Of quantised weights one at a time is there in full, while it is multiplied.
         self.widest = {"student": 0, "teacher": 0}
         # The loss scales its gradient only where the loss was divided: see `_FusedSums.backward`.
@@ -196,6 +200,7 @@ class _Count:
             if self.workload.accumulate == 1:  # Lightning lets go of them only here
                 for weight in trained:
                     weight.grad = None
+            self.kept = {part: size for part, size in counter.live.items() if size}
             with counter.counting("backward", "backward"):
                 loss.backward()
             del loss
@@ -210,6 +215,7 @@ class _Count:
         for phase, part, role in (
             ("student forward", "activations", "student"),
             ("backward", "backward", "student"),
+            ("recomputation", "activations", "student"),
             ("teacher forward", "teacher activations", "teacher"),
         ):
             if self.widest[role] and (peak := counter.peaks.get(phase)):
@@ -229,9 +235,16 @@ class _Count:
                 self._place(self.teacher, "teacher")
         model = inner(self.student)
         if self.specs["student"].activation_checkpointing:
-            # Random states have no values here; nothing is drawn that would be drawn otherwise.
-            keys = {"use_reentrant": False, "preserve_rng_state": False}
-            model.activation_checkpointing_enable(keys)
+            model.activation_checkpointing_enable(
+                {
+                    "use_reentrant": False,
+                    "preserve_rng_state": False,  # it has no values here
+                    "context_fn": lambda: (
+                        nullcontext(),
+                        counter.counting("activations", "recomputation"),
+                    ),
+                }
+            )
         for each in (model, self.teacher):
             if each is not None:
                 speed_up_frozen(each.get_decoder())
@@ -303,16 +316,14 @@ class _Count:
         ]
 
     def _follow(self, model: PreTrainedModel, part: str, phase: str) -> None:
-        """Counts what the backbone makes to itself."""
-        counter = self.counter
-        open_parts: list[Any] = []
+        """Counts what the backbone makes in a forward pass to a part and a phase of its own."""
+        entered = ExitStack()
 
         def begin(*_: Any) -> None:
-            open_parts.append(counter.counting(part, phase))
-            open_parts[-1].__enter__()
+            entered.enter_context(self.counter.counting(part, phase))
 
         def end(*_: Any) -> None:
-            open_parts.pop().__exit__(None, None, None)
+            entered.close()
 
         model.get_decoder().register_forward_pre_hook(begin)
         model.get_decoder().register_forward_hook(end)
