@@ -1,6 +1,8 @@
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import WeakSet
 
 import pytest
@@ -208,7 +210,8 @@ def cost(typed):
 
 def test_a_gpu_has_half_precision_weights_and_all_of_the_optimizer_at_once(cost):
     step, _ = cost
-    assert step.student.gathered() < 4 * step.student.gradient()
+    (head,) = step.student.head.weights
+    assert head.row_bytes == 2 * 32
     temporaries = step.peaks["optimizer step"]["temporaries"]
     assert temporaries >= step.student.gradient()
     spec = CausalLM(path="x")
@@ -294,15 +297,15 @@ def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_read(typed, tmp_p
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(CausalLM, "load", load)
-    gib = planned(compose(*typed("data.batch_size=8"))).gib
-    words = typed("data.batch_size=8", f"run_dir={tmp_path / 'run'}")
+    gib = planned(compose(*typed("data.batch_size=4"))).gib
+    words = typed("data.batch_size=4", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(ConfigError) as refused:
         train(compose_raw(*words, f"trainer.device_memory_gib={gib * 0.8}"))
     (problem,) = refused.value.problems
     assert problem.startswith("trainer.device_memory_gib=0.")
     assert "Any one of these makes it fit: " in problem
-    assert "data.batch_size=4 trainer.accumulate_grad_batches=2 takes " in problem
-    assert "data.batch_size=2" not in problem
+    assert "data.batch_size=2 trainer.accumulate_grad_batches=2 takes " in problem
+    assert "data.batch_size=1" not in problem
     assert not (tmp_path / "run").exists()
     with pytest.raises(
         ConfigError, match=r"No single change makes it fit; nearest are: data.batch"
@@ -312,7 +315,7 @@ def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_read(typed, tmp_p
 
 
 def test_each_change_takes_what_the_plan_of_that_change_says(typed):
-    words = typed("data.batch_size=8", "loss.chunk_gib=0.004", "data.packing=false")
+    words = typed("data.batch_size=2", "loss.chunk_gib=0.004", "data.packing=false")
     config = compose(*words)
     specs, plan = specs_of(config), planned(compose(*words))
     changes = single_changes(
@@ -325,7 +328,8 @@ def test_each_change_takes_what_the_plan_of_that_change_says(typed):
     assert [c.gib for c in changes] == sorted(c.gib for c in changes)
 
 
-def test_on_several_gpus_splitting_and_quantising_are_among_the_changes(typed):
+def test_on_several_gpus_splitting_and_quantising_are_among_the_changes(typed, monkeypatch):
+    monkeypatch.setattr(preflight, "make_plan", lambda *_: SimpleNamespace(gib=1.0))
     config = compose(*typed())
     specs, work = specs_of(config), Workload(1, 16, 10, True, 300)
     found = single_changes(specs, config["trainer"], work, Placement("cuda", 8), 0.0)
@@ -388,7 +392,7 @@ def test_a_sweep_is_one_table_that_says_which_runs_do_not_fit(typed, capsys, mon
         neo.plan.main()
     assert left.value.code == 1
     printed = capsys.readouterr()
-    table = [line for line in printed.out.splitlines() if "data.batch_size=" in line]
+    table = [line for line in printed.out.splitlines() if re.search(" (yes|no), of ", line)]
     assert [" yes, of " in line for line in table] == [True, False]
     assert [" no, of " in line for line in table] == [False, True]
     (problem,) = [line for line in printed.err.splitlines() if "GiB more" in line]
@@ -410,9 +414,15 @@ def test_a_start_that_is_computed_is_said_not_to_be_planned(typed, capsys):
     assert "what computing the branch's start takes" in capsys.readouterr().out
 
 
+def test_planning_draws_no_random_number(typed):
+    before = torch.get_rng_state()
+    planned(compose(*typed("lora.lora_dropout=0.1", "data.batch_size=3")))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_family_of_models_can_be_planned(tmp_path, teacher_dir):
-    for family in ("qwen2", "gemma2", "granite", "cohere"):
-        folder = tiny_model(tmp_path / family, family=family)
+    for family in ("qwen2", "gemma2"):
+        folder = tiny_model(tmp_path / family, family=family, rows=512)
         rows = write_rows(tmp_path / "rows.jsonl")
         words = [
             f"student.path={folder}", "method=lora", "lora.r=2", "data=jsonl",

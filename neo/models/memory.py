@@ -28,6 +28,10 @@ def _product(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * input.numel() * weight.shape[0]
 
 
+def _added_product(total: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
@@ -36,8 +40,10 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **_
     return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
 
 
-# What torch's own table lacks: operators of the CPU.
+# What torch's own table lacks: operators of the CPU, and products added in place.
 FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.addmm_: _added_product,
+    torch.ops.aten.baddbmm_: _added_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
