@@ -10,7 +10,7 @@ VARIANTS := $(filter-out none lora_r16 qlora,$(patsubst conf/lora/%.yaml,%,$(wil
 NAMES := $(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo variants test test-all check bench mini-models tables clean
+.PHONY: help setup demo variants test test-all check bench bench-plan plan-paper mini-models tables clean
 
 help: ## this list
 	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,12 @@ bench: $(READY) ## speed and memory: the loss against its peers, a step against 
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/variants.py
+
+plan-paper: $(READY) ## render experiments/plan: Llama-3.1-8B into 1B on 1, 8 and 64 devices, nothing loaded
+	$(BIN)/python benchmarks/plan.py --paper
+
+bench-plan: $(READY) ## the plan of a run against its peak memory on this CPU (an hour, 10 GiB)
+	$(BIN)/python benchmarks/plan.py
 
 mini-models: $(READY) ## build the shipped mini teacher and student from nothing
 	$(BIN)/python -m neo.mini build/mini

@@ -47,7 +47,9 @@ WHERE_IT_RAN = (
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
+    "trainer.device_memory_gib",
 )  # fmt: skip
+OWN_KEYS = ("trainer.device_memory_gib",)  # which the run itself reads, and no target takes
 
 GROUPS = ("method", "student", "teacher", "lora", "loss", "data", "optim", "trainer", "logger")
 _GROUP_KEY = re.compile(rf"({'|'.join(GROUPS)})\.[\w.]+=")
@@ -235,7 +237,7 @@ def _bind(path: str, node: Mapping[str, Any]) -> Iterator[str]:
         return
     signature = inspect.signature(found)
     partial = bool(node.get("_partial_"))
-    keys = {k: v for k, v in node.items() if k not in HYDRA_KEYS}
+    keys = {k: v for k, v in node.items() if f"{path}.{k}" not in OWN_KEYS and k not in HYDRA_KEYS}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     # A function such as `neo.models.variants.lora` passes its keys on; it names the signature
     # they must fit in `__wrapped_signature__`.

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from neo.config import SPECS, build
 from neo.training.meet import meet_all
+from neo.training.preflight import planned_or_refused
 from neo.training.summary import print_plan, print_result
 
 
@@ -23,7 +24,9 @@ def plan(student_dir, teacher_dir, tmp_path):
             specs["teacher"] = None
         meeting, data = meet_all(config, specs)
         written = StringIO()
-        print_plan(Console(file=written, width=300), config, specs, tmp_path, meeting, data)
+        planned = planned_or_refused(config, specs, meeting.vocab, data)
+        console = Console(file=written, width=300)
+        print_plan(console, config, specs, tmp_path, meeting, data, planned)
         return {line[:10].strip(): line[10:].strip() for line in written.getvalue().splitlines()}
 
     return plan
@@ -37,6 +40,9 @@ def test_a_plan_says_what_trains_on_what_against_whom_and_where_it_goes(plan, tm
     assert said["loss"] == "0.5 * ce + 0.5 * forward_kl at T=1"
     assert "60 rows (prompt_completion) to train on, 20 to validate on" in said["data"]
     assert said["optimizer"] == "AdamW, lr 0.001, cosine, warm-up 10%"
+    assert "GiB on the device, most in the " in said["memory"]
+    assert " TFLOP a step and device, " in said["compute"]
+    assert "traffic" not in said
     assert said["outputs"] == str(tmp_path)
 
 

@@ -5,6 +5,9 @@ logits is differentiated by autograd, on a few tokens' logits alone.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +21,26 @@ from neo.losses.products import wide
 # Elements of logits that are worked on at a time: on a CPU all passes over them then stay within
 # its cache; a GPU is better served by few large launches.
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+# The kind of device whose sizes are taken, where that is not the tensors' own.
+_planned_for: ContextVar[str | None] = ContextVar("planned_for", default=None)
+
+
+@contextmanager
+def sized_for(device_type: str) -> Iterator[None]:
+    """Within it chunks and blocks have the sizes of a kind of device, wherever the tensors lie.
+
+    A plan is made with tensors without data, which cannot pretend to lie on a GPU.
+    """
+    token = _planned_for.set(device_type)
+    try:
+        yield
+    finally:
+        _planned_for.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The kind of device whose sizes are taken for tensors that lie on this one."""
+    return _planned_for.get() or device.type
 
 
 class ChunkSums:
@@ -34,7 +57,7 @@ class ChunkSums:
 
 def block_rows(vocab: int, device: torch.device) -> int:
     """How many tokens are worked on at a time, at least one."""
-    return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // vocab)
+    return max(1, BLOCK_ELEMENTS.get(kind_of(device), BLOCK_ELEMENTS["cuda"]) // vocab)
 
 
 def differentiate_chunk(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from neo.losses.chunk import ChunkSums, block_rows, differentiate_chunk
+from neo.losses.chunk import ChunkSums, block_rows, differentiate_chunk, kind_of
 from neo.losses.distillation import Distillation, TokenSums
 from neo.losses.head import Head
 from neo.losses.products import add_transposed_times, times, wide
@@ -230,7 +230,7 @@ def _chunk_tokens(
 ) -> int:
     """How many tokens' logits fit into the memory that a chunk may take, at least one."""
     device = hidden.device
-    gib, least = CHUNK_GIB.get(device.type, CHUNK_GIB["cuda"])
+    gib, least = CHUNK_GIB.get(kind_of(device), CHUNK_GIB["cuda"])
     if spec.chunk_gib is not None:
         gib, least = spec.chunk_gib, 1
     num_models = 1 if teacher is None else 2

@@ -101,10 +101,11 @@ def _stands_for(weight: Any) -> Float[Tensor, "out in"]:
     return (values * largest.float().flatten()[blocks]).view(state.shape)
 
 
-def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def quantization_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[str]:
     """What stands against the quantised models that a run's config asks for.
 
-    Groups that are wrong by themselves are others' to report.
+    Groups that are wrong by themselves are others' to report. Whether the run is for this machine
+    (`here`) decides whether that is looked at.
     """
     if not isinstance(config["trainer"], Mapping):
         return
@@ -113,7 +114,7 @@ def quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
         if kind not in kinds or config[role].get("path") is None:
             continue
         problems = _four_bit_problems if kind in KINDS else _integer_problems
-        for problem in problems(config, role):
+        for problem in problems(config, role) if here else ():
             yield f"{role}.quantization={kind!r}: {problem}"
         if role == "teacher":
             for problem in _sharding_problems(config):

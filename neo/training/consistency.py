@@ -13,27 +13,32 @@ from neo.training.trainer import trainer_problems
 METHODS = ("sft", "lora", "kd", "neo")
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], *, here: bool = True) -> None:
     """Checks all that needs no model and no row.
+
+    Args:
+        config: Of a run.
+        here: The run is for this machine, whose devices and libraries are asked for.
 
     Raises:
         ConfigError: With all problems.
     """
     problems = list(group_problems(config))
     if not any(problem.startswith("trainer") for problem in problems):
-        problems += trainer_problems(config["trainer"])
+        problems += trainer_problems(config["trainer"], here=here)
     if not all(isinstance(config[key], dict) for key in SPECS):
         raise ConfigError(problems)
-    if problems := problems + list(run_problems(config)):
+    if problems := problems + list(run_problems(config, here=here)):
         raise ConfigError(problems)
 
 
-def run_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def run_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[str]:
     """What is wrong between the groups, and with the root keys."""
     yield from _method_problems(config)
-    yield from quantization_problems(config)
+    yield from quantization_problems(config, here=here)
     yield from _spread_problems(config)
-    yield from device_problems(config)
+    if here:
+        yield from device_problems(config)
     data = config["data"]
     mini = data.get("_target_") == "neo.data.mini_data.MiniData"
     split = config["eval_split"]

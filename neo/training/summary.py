@@ -12,7 +12,10 @@ from neo.data.datamodule import DataModule, peek
 from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
+from neo.training.device_plan import Plan
 from neo.training.meet import Meeting
+from neo.training.plan_table import compute_line, memory_line, short, traffic_line
+from neo.training.preflight import limit_gib
 from neo.training.trainer import num_processes
 
 
@@ -23,8 +26,19 @@ def print_plan(
     folder: Path,
     meeting: Meeting,
     data: DataModule,
+    plan: Plan | str,
 ) -> None:
-    """Says what trains, how many parameters, steps and tokens, and where the outputs go."""
+    """Says what trains, what it takes, and where the outputs go.
+
+    Args:
+        console: Where to.
+        config: Of the run.
+        specs: Built from it.
+        folder: Of the run.
+        meeting: Of its models.
+        data: Its rows.
+        plan: Of its memory and FLOPs, or why there is none.
+    """
     table = _table(f"{config['experiment_name']}: method={config['method']['name']}")
     whole, trained = meeting.num_parameters, meeting.num_trainable_parameters
     table.add_row("student", f"{config['student']['path']}  {whole:,} parameters")
@@ -47,6 +61,16 @@ def print_plan(
     table.add_row(
         "optimizer", f"AdamW, lr {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup_ratio:.0%}"
     )
+    if isinstance(plan, str):
+        table.add_row("memory", plan)
+    else:
+        table.add_row("memory", memory_line(plan))
+        table.add_row("compute", compute_line(plan))
+        if (traffic := traffic_line(plan)) is not None:
+            table.add_row("traffic", traffic)
+        limit = limit_gib(config["trainer"], plan.placement)
+        if limit is not None and plan.gib > limit:
+            table.add_row("note", f"that is more than the {short(limit)} GiB of the GPU here")
     for note in meeting.notes:
         table.add_row("note", escape(note))
     table.add_row("outputs", str(folder))

@@ -1,5 +1,6 @@
 """Lightning's Trainer as a run needs it: which of its keys are the user's, and what they may be."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
+from neo.config import OWN_KEYS
 from neo.training.strategies import STRATEGIES, build_strategy
 
 # What the callbacks, the data and the record rely on, so that a config may not set it.
@@ -31,7 +33,11 @@ def build_trainer(
     sharding: str | None = None,
 ) -> L.Trainer:
     """The Trainer of a config node; our own progress bar takes the place of Lightning's."""
-    keys = {key: value for key, value in node.items() if key != "_target_"}
+    keys = {
+        key: value
+        for key, value in node.items()
+        if key != "_target_" and f"trainer.{key}" not in OWN_KEYS
+    }
     keys["strategy"] = build_strategy(
         node.get("strategy", "auto"), num_processes(node) * node.get("num_nodes", 1), sharding
     )
@@ -52,10 +58,16 @@ def num_processes(node: Mapping[str, Any]) -> int:
     return L.Trainer(**keys, logger=False, barebones=True).num_devices
 
 
-def trainer_problems(node: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the node, found by building a Trainer that is thrown away."""
+def trainer_problems(node: Mapping[str, Any], *, here: bool = True) -> list[str]:
+    """What is wrong with the node, found by building a Trainer that is thrown away.
+
+    Args:
+        node: The trainer's.
+        here: The run is for this machine; else only its values are looked at, and no Trainer is
+            built, which asks for the devices.
+    """
     problems = list(_range_problems(node))
-    if problems:
+    if problems or not here:
         return problems
     try:
         with warnings.catch_warnings():
@@ -92,6 +104,9 @@ def _range_problems(node: Mapping[str, Any]) -> Iterator[str]:
     clip = node.get("gradient_clip_val")
     if clip is not None and not (isinstance(clip, int | float) and clip >= 0):
         yield f"trainer.gradient_clip_val={clip!r}: must be at least 0, or null for none"
+    memory = node.get("device_memory_gib")
+    if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
+        yield f"trainer.device_memory_gib={memory!r}: must be above 0, or null for what there is"
     steps, epochs = node["max_steps"], node["max_epochs"]
     if steps != -1 and (not isinstance(steps, int) or steps < 1):
         yield f"trainer.max_steps={steps!r}: must be at least 1, or -1 for no limit"

@@ -1,0 +1,197 @@
+"""What runs would take, before anything runs: memory per device, FLOPs and traffic per step.
+
+Usage: python -m neo.plan [group=choice ...] [key=value ...]; the arguments are those of neo.train,
+sweeps (-m, experiment=NAME) too. Weights are not needed, and neither are the devices. Exits with 1
+where a run does not fit `trainer.device_memory_gib`, with 2 where a config is refused.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from neo.config import SPECS, ConfigError, build, conf_dir, open_groups, register, resolve, run_id
+from neo.models.start import is_computed
+from neo.training.command_line import REFUSED, console, explain, leave, quiet
+from neo.training.consistency import check_config
+from neo.training.device_plan import GIB, Plan
+from neo.training.plan_table import (
+    compute_line,
+    parts_of,
+    plan_table,
+    short,
+    traffic_line,
+)
+from neo.training.preflight import (
+    NotPlannedError,
+    limit_gib,
+    plan_run,
+    sample_of,
+    single_changes,
+    too_large,
+    workload_of,
+)
+
+# A table of many parts is not broken to the width of a terminal.
+out = Console(highlight=False, width=240)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run and what was found.
+
+    Args:
+        name: Its id.
+        overrides: As typed or swept.
+        plan: None where there is none.
+        limit: GiB of a device; None where it is not known.
+        problem: Why it cannot run or does not fit.
+        notes: What the plan leaves open.
+        refused: Its config cannot run whatever the memory.
+    """
+
+    name: str
+    overrides: str
+    plan: Plan | None = None
+    limit: float | None = None
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+    refused: bool = False
+
+
+def main() -> None:
+    """The command line."""
+    register()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    planned: list[Planned] = []
+
+    def job(composed: DictConfig) -> None:
+        planned.append(plan(composed))
+
+    # A sweep's folder would be made for runs that never begin.
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv[1:] = [*open_groups(sys.argv[1:]), f"hydra.sweep.dir={folder}"]
+        entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+        try:
+            entry(job)()
+        except REFUSED as error:
+            leave(error, 2)
+    if planned:
+        sys.exit(show(planned))
+
+
+def plan(composed: DictConfig) -> Planned:
+    """The plan of one run."""
+    overrides = ""
+    if HydraConfig.initialized():
+        given = HydraConfig.get().overrides.task
+        overrides = " ".join(override.removeprefix("++") for override in given)
+    try:
+        config = resolve(composed)
+        quiet()
+        check_config(config, here=False)
+        return _plan(config, overrides)
+    except ConfigError as error:
+        return Planned("-", overrides, problem=explain(error), refused=True)
+
+
+def _plan(config: dict[str, Any], overrides: str) -> Planned:
+    specs = {key: build(config[key]) for key in SPECS}
+    if specs["teacher"].path is None:
+        specs["teacher"] = None
+    trainer, notes = config["trainer"], []
+    sample, vocab, note = sample_of(config, specs)
+    if note is not None:
+        notes.append(note)
+    if is_computed(specs["lora"].adapter):
+        notes.append("what computing the branch's start takes, before training, is not in it")
+    workload = workload_of(specs["data"], trainer, vocab, sample)
+    name = run_id(config)
+    try:
+        found = plan_run(config, specs, workload)
+    except NotPlannedError as error:
+        return Planned(name, overrides, problem=f"cannot be planned: {error}", refused=True)
+    limit, problem = limit_gib(trainer, found.placement), None
+    if limit is not None and found.gib > limit:
+        changes = single_changes(specs, trainer, workload, found.placement, limit)
+        problem = too_large(found, limit, changes)
+    return Planned(name, overrides, found, limit, problem, tuple(notes))
+
+
+def show(planned: list[Planned]) -> int:
+    """Prints what was found; returns the exit status."""
+    if len(planned) == 1 and planned[0].plan is not None:
+        _show_one(planned[0], planned[0].plan)
+    elif any(run.plan is not None for run in planned):
+        out.print(_sweep_table(planned))
+    for run in planned:
+        for note in run.notes if len(planned) == 1 else ():
+            out.print(f"note: {note}")
+    failed = [run for run in planned if run.problem is not None]
+    for run in failed:
+        where = f"{run.name} ({run.overrides}): " if len(planned) > 1 else ""
+        console.print(f"{where}{run.problem}", markup=False)
+    if any(run.refused for run in failed):
+        return 2
+    return 1 if failed else 0
+
+
+def _show_one(run: Planned, found: Plan) -> None:
+    placement, size = found.placement, found.workload
+    title = f"run {run.name}, {placement.name}"
+    if placement.num_processes > 1:
+        title += f" on {placement.num_processes} devices"
+    out.print(plan_table(found, title))
+    out.print(
+        f"batch: {size.batch_size} x {size.length} tokens, {size.num_supervised:,} supervised, "
+        f"{size.accumulate} a step"
+    )
+    flops = ", ".join(f"{phase} {short(n / 1e12)}" for phase, n in found.flops.items())
+    out.print(f"compute: {compute_line(found)} ({flops})")
+    if (traffic := traffic_line(found)) is not None:
+        out.print(f"traffic: {traffic}")
+    out.print(f"fits: {_verdict(run)}")
+
+
+def _sweep_table(planned: list[Planned]) -> Table:
+    """One line a run."""
+    table = Table(box=None, pad_edge=False)
+    parts: dict[str, None] = {}
+    for run in planned:
+        if run.plan is not None:
+            parts |= dict.fromkeys(p for p in parts_of(run.plan) if run.plan.most[p] >= GIB / 2000)
+    columns = ["run", *parts, "total GiB", "TFLOP a step", "fits", "overrides"]
+    for column in columns:
+        left = column in ("run", "fits", "overrides")
+        table.add_column(column, justify="left" if left else "right")
+    for run in planned:
+        if run.plan is None:
+            empty = [""] * (len(parts) + 2)
+            table.add_row(run.name, *empty, "refused", run.overrides)
+            continue
+        table.add_row(
+            run.name,
+            *(f"{run.plan.parts.get(part, 0) / GIB:.3f}" for part in parts),
+            f"{run.plan.gib:.3f}",
+            short(run.plan.flops_per_step / 1e12),
+            _verdict(run),
+            run.overrides,
+        )
+    return table
+
+
+def _verdict(run: Planned) -> str:
+    if run.limit is None:
+        return "not checked: trainer.device_memory_gib=null"
+    return f"{'no' if run.problem else 'yes'}, of {run.limit:g} GiB"
+
+
+if __name__ == "__main__":
+    main()

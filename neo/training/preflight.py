@@ -1,0 +1,230 @@
+"""The plan of a run from its config, and what to do where it asks for more than there is."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from neo.config import ConfigError
+from neo.data.datamodule import DataModule, peek
+from neo.data.packing import Batch
+from neo.losses.fused import CHUNK_GIB
+from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
+from neo.training.meet import meet, meet_all
+from neo.training.plan_table import short
+from neo.training.step_cost import Workload
+
+SAMPLE = 4  # batches that are looked at for the share of supervised tokens
+KEY = "trainer.device_memory_gib"
+# What a plan depends on; the rest of a config changes neither bytes nor FLOPs.
+DEPENDS_ON = ("student", "teacher", "lora", "loss", "optim")
+# Plans of this process: the runs of a sweep often differ in rate and seed alone.
+_made: dict[str, Plan] = {}
+
+
+class NotPlannedError(ValueError):
+    """A step of this model cannot be counted without data."""
+
+
+def sample_of(
+    config: dict[str, Any], specs: dict[str, Any]
+) -> tuple[Sequence[Batch], int, str | None]:
+    """Batches of the run, the ids that its models share, and what is amiss with its rows.
+
+    Rows that are not here are no fault of a plan: their hub may not be reached.
+
+    Raises:
+        ConfigError: The models do not go together.
+    """
+    try:
+        meeting, data = meet_all(config, specs)
+    except ConfigError as error:
+        data_spec = specs["data"]
+        meeting = meet(specs["student"], specs["teacher"], specs["lora"], data_spec.max_length)
+        what = "; ".join(error.problems)
+        return [], meeting.vocab, f"all tokens are counted as supervised, since {what}"
+    return peek(data, SAMPLE), meeting.vocab, None
+
+
+def workload_of(
+    data: Any, trainer: Mapping[str, Any], vocab: int, sample: Sequence[Batch]
+) -> Workload:
+    """What one process is given at a time: as many tokens as the config allows.
+
+    Args:
+        data: The spec.
+        trainer: The config's node.
+        vocab: Ids that the models share.
+        sample: Batches, of which the one with the largest share of supervised tokens counts; with
+            none all tokens do.
+    """
+    shares = [batch.num_supervised / batch.targets.numel() for batch in sample]
+    share = max(shares, default=1.0)
+    size = Workload(
+        batch_size=data.batch_size,
+        length=data.max_length,
+        num_supervised=0,
+        packing=data.packing,
+        vocab=vocab,
+        accumulate=trainer["accumulate_grad_batches"],
+    )
+    return replace(size, num_supervised=max(1, math.ceil(share * size.num_tokens)))
+
+
+def plan_run(config: Mapping[str, Any], specs: Mapping[str, Any], workload: Workload) -> Plan:
+    """The plan of a run; the same one where only what it does not depend on differs.
+
+    Raises:
+        NotPlannedError: Its operators ask for the values of tensors, or it cannot be placed.
+    """
+    trainer, placement = config["trainer"], placement_of(config, specs)
+    key = json.dumps(
+        [
+            {name: config[name] for name in DEPENDS_ON},
+            [trainer.get("precision"), trainer.get("gradient_clip_val")],
+            [str(workload), str(placement)],
+        ],
+        sort_keys=True,
+    )
+    if key not in _made:
+        _made[key] = _plan(specs, trainer, workload, placement)
+    return _made[key]
+
+
+def _plan(
+    specs: Mapping[str, Any], trainer: Mapping[str, Any], workload: Workload, placement: Placement
+) -> Plan:
+    try:
+        return make_plan(specs, trainer, workload, placement)
+    except Exception as error:  # an architecture may do whatever it likes to tensors
+        text = str(error).strip().splitlines() or [""]
+        raise NotPlannedError(f"{type(error).__name__}: {text[0]}") from error
+
+
+def planned_or_refused(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
+) -> Plan | str:
+    """The plan of a run that fits, or why there is none.
+
+    Raises:
+        ConfigError: It does not fit `trainer.device_memory_gib`, or cannot be compared with it.
+    """
+    trainer = config["trainer"]
+    asked = trainer.get("device_memory_gib")
+    workload = workload_of(data.data, trainer, vocab, peek(data, SAMPLE))
+    try:
+        plan = plan_run(config, specs, workload)
+    except NotPlannedError as error:
+        if asked is not None:
+            raise ConfigError(
+                [f"{KEY}={asked:g}: a step of this model cannot be planned ({error}); use null"]
+            ) from error
+        return f"not planned: {error}"
+    if asked is not None and plan.gib > asked:
+        changes = single_changes(specs, trainer, workload, plan.placement, asked)
+        raise ConfigError([too_large(plan, asked, changes)])
+    return plan
+
+
+def limit_gib(trainer: Mapping[str, Any], placement: Placement) -> float | None:
+    """What a device has: as the config says, else as the GPU here says, else not known."""
+    given = trainer.get("device_memory_gib")
+    if given is not None:
+        return float(given)
+    if placement.device_type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to a run's config, and what one device would hold then.
+
+    Args:
+        what: As on the command line.
+        gib: At most.
+    """
+
+    what: str
+    gib: float
+
+
+def single_changes(
+    specs: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    workload: Workload,
+    placement: Placement,
+    limit: float,
+) -> list[Change]:
+    """What the run would take with one thing changed, least first.
+
+    Of micro-batches the largest that fits is tried, or one row.
+    """
+    found: list[Change] = []
+    for what, changed, size, place in _alternatives(specs, workload, placement):
+        if what.startswith("data.batch_size") and any(
+            c.what.startswith("data.batch_size") and c.gib <= limit for c in found
+        ):
+            continue
+        found.append(Change(what, make_plan(changed, trainer, size, place).gib))
+    last = {c.what.split("=")[0]: c for c in found}  # of micro-batches the smallest
+    return sorted(last.values(), key=lambda change: change.gib)
+
+
+def _alternatives(
+    specs: Mapping[str, Any], workload: Workload, placement: Placement
+) -> Iterator[tuple[str, Mapping[str, Any], Workload, Placement]]:
+    student, teacher, loss = specs["student"], specs["teacher"], specs["loss"]
+    size = workload
+    while size.batch_size > 1:
+        half = size.batch_size // 2
+        size = replace(
+            workload,
+            batch_size=half,
+            num_supervised=math.ceil(workload.num_supervised * half / workload.batch_size),
+            accumulate=math.ceil(workload.accumulate * workload.batch_size / half),
+        )
+        what = f"data.batch_size={half} trainer.accumulate_grad_batches={size.accumulate}"
+        yield what, specs, size, placement
+    if not student.activation_checkpointing:
+        changed = replace(student, activation_checkpointing=True)
+        what = "student.activation_checkpointing=true"
+        yield what, {**specs, "student": changed}, workload, placement
+    gib = loss.chunk_gib or CHUNK_GIB[placement.device_type][0]
+    what = f"loss.chunk_gib={gib / 4:g}"
+    yield what, {**specs, "loss": replace(loss, chunk_gib=gib / 4)}, workload, placement
+    if teacher is None:
+        return
+    on_gpu = placement.device_type == "cuda"
+    if not placement.sharded_teacher:
+        if placement.num_processes > 1:
+            split = replace(placement, sharded_teacher=True)
+            yield "sharding=teacher", specs, workload, split
+        if on_gpu and teacher.quantization is None and not teacher.random_init:
+            changed = replace(teacher, quantization="nf4")
+            yield "teacher.quantization=nf4", {**specs, "teacher": changed}, workload, placement
+    elif on_gpu and not placement.offload:
+        yield "teacher.offload=true", specs, workload, replace(placement, offload=True)
+    if placement.num_processes > 1 and not placement.fsdp:
+        split = replace(placement, fsdp=True, sharded_teacher=True)
+        yield "trainer=fsdp", specs, workload, split
+
+
+def too_large(plan: Plan, limit: float, changes: Sequence[Change]) -> str:
+    """The problem of a run that does not fit, with what to change."""
+    problem = (
+        f"{KEY}={limit:g}: this run takes {short(plan.gib)} GiB on a device, "
+        f"{short(plan.gib - limit)} GiB more"
+    )
+    fitting = [change for change in changes if change.gib <= limit]
+    if fitting:
+        # the one that gives up least memory first: it costs least speed
+        told = "; ".join(f"{c.what} takes {short(c.gib)} GiB" for c in reversed(fitting))
+        return f"{problem}. Any one of these makes it fit: {told}"
+    if not changes:
+        return problem
+    told = "; ".join(f"{c.what} takes {short(c.gib)} GiB" for c in changes[:3])
+    return f"{problem}. No single change makes it fit; nearest are: {told}"
