@@ -1,20 +1,26 @@
 """Runs jobs one after another in one process of several; `devices.py` starts it by torchrun.
 
-What each process holds of the models when training begins, and what it sends in each step, goes to
-`held-<rank>.json` and `sent-<rank>.json` in the folder of the run.
+What each process holds of the models when training begins, what it sends in each step, and the
+rows it trains on go to `held-<rank>.json`, `sent-<rank>.json` and `rows-<rank>.jsonl` in the folder
+of the run.
 """
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 from collectives import Collectives
 from fits import power_cut
 from lab import compose_raw
 from torch import nn
 
+from neo.data.datamodule import DataModule
+from neo.data.packing import Batch
 from neo.train import train
 from neo.training.module import NeoModule
 
@@ -49,16 +55,30 @@ def count_what_is_sent(folder: Path, mode: Collectives) -> None:
     NeoModule.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
 
 
+def note_rows(file: Path, patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    consume = DataModule.consume
+
+    def noted(data: DataModule, batch: Batch) -> None:
+        consume(data, batch)
+        with file.open("a") as opened:
+            opened.write(json.dumps({"epoch": data.position[0], "ids": batch.row_ids}) + "\n")
+
+    patch(DataModule, "consume", noted)
+
+
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         (folder,) = (Path(o.removeprefix("run_dir=")) for o in job if o.startswith("run_dir="))
         cut = [int(o.removeprefix("cut=")) for o in job if o.startswith("cut=")]
         folder.mkdir(parents=True, exist_ok=True)
         note_what_is_held(folder)
+        patch = pytest.MonkeyPatch()
+        note_rows(folder / f"rows-{os.environ['RANK']}.jsonl", patch.setattr)
         mode = Collectives()
         count_what_is_sent(folder, mode)
         with power_cut(cut[0]) if cut else nullcontext(), mode:
             train(compose_raw(*(o for o in job if not o.startswith("cut="))))
+        patch.undo()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,20 @@
 import json
 
 import pytest
+import torch
 from devices import IN_ORDER, assert_same, train_in_processes
-from fits import fit, settings, trained
-from lab import tiny_model
+from fits import fit, history, settings, trained
+from lab import compose, tiny_model
+
+from neo.config import build
+from neo.models.causal_lm import CausalLM
+from neo.models.student import build_meta_student, inner
+from neo.models.traffic import (
+    ddp_traffic,
+    fsdp_traffic,
+    sharded_teacher_traffic,
+    units_of,
+)
 
 VARIANTS = {v: f"lora={v}" for v in ("lora", "dora", "pissa", "moslora")} | {"all": "method=kd"}
 WAYS = {
@@ -132,10 +143,51 @@ def test_a_split_teacher_leaves_the_student_whole(runs):
 
 
 def test_what_is_logged_is_the_same_for_two_processes(runs, models, tmp_path):
-    from fits import history
-
     alone(models, tmp_path, "lora=lora")
     for way in WAYS:
         for name in ("train/loss", "train/ce", "train/kd", "train/grad_norm", "train/tokens"):
             expected, actual = history(tmp_path, name), history(runs / way / "lora", name)
             assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def units(models, variant, role, **keys):
+    if role == "teacher":
+        return units_of(CausalLM(path=str(models["teacher"])).meta(), torch.float32)
+    spec = CausalLM(path=str(models[student(variant)]))
+    choice = [] if variant == "all" else ["lora.r=4"]
+    lora = build(compose(VARIANTS[variant], *choice)["lora"])
+    return units_of(inner(build_meta_student(spec, lora)), torch.float32, **keys)
+
+
+def expected_traffic(models, way, variant, num_micro_batches=1):
+    of_student, of_teacher = (units(models, variant, role) for role in ("student", "teacher"))
+    if way == "ddp":
+        return ddp_traffic(of_student, 2, num_micro_batches).step
+    if way == "teacher":
+        return sharded_teacher_traffic(of_student, of_teacher, 2, num_micro_batches).step
+    once = variant != "all"
+    return fsdp_traffic(of_student, of_teacher, 2, num_micro_batches, reduces_once=once).step
+
+
+def sent(folder, step=1):
+    """What the processes sent each other in a step, by kind, in bytes; the same from each."""
+    both = [json.loads((folder / f"sent-{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0]["steps"] == both[1]["steps"]
+    return both[0]["steps"][step]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_processes_send_each_other_what_the_plan_says_and_nothing_frozen_is_reduced(
+    runs, models, way, variant
+):
+    plan = expected_traffic(models, way, variant)
+    counted = sent(runs / way / variant)
+    kinds = ("all_gather", "reduce_scatter", "all_reduce")
+    assert {kind: counted.get(kind, 0) for kind in kinds} == {k: getattr(plan, k) for k in kinds}
+
+
+def test_gradients_of_a_branch_are_reduced_once_a_step_however_many_micro_batches(runs, models):
+    counted = sent(runs / "odd" / "accumulated and clipped")
+    plan = expected_traffic(models, "fsdp", "lora", num_micro_batches=2)
+    assert counted == {"all_gather": plan.all_gather, "reduce_scatter": plan.reduce_scatter}

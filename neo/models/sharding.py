@@ -106,7 +106,8 @@ def sharded_teacher(spec: CausalLM, mesh: DeviceMesh, *, offload: bool) -> PreTr
     state, tied = _parts_of_base(model, parts), _tied(model)
     pin = mesh.device_type == "cuda"
     placed = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
-    _fully_shard(model, mesh, offload=placed, keep_backbone=False)
+    # the embedding of a tied head is wanted once more, for the loss
+    _fully_shard(model, mesh, offload=placed, keep_backbone=bool(tied))
     if offload:
         state = {name: cast(DTensor, part.cpu()) for name, part in state.items()}
     _fill(model, state, tied, mesh)
@@ -128,7 +129,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def reshard(model: PreTrainedModel) -> None:
-    """Frees what the backbone gathered in a forward pass that no backward pass will follow."""
+    """Frees what the backbone has kept of a forward pass that no backward pass will follow."""
     decoder: Any = model.get_decoder()
     if isinstance(decoder, FSDPModule):
         decoder.reshard()

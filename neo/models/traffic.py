@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from neo.models.memory import quantized_bytes, quantized_weights, weight_dtype
+from neo.models.sharding import decoder_layers
 
 GRADIENT_BYTES = 4  # a number, whatever the weights are gathered in
 
@@ -98,12 +98,6 @@ class Units:
     def largest_layer_gradient(self) -> int:
         """Bytes of the gradients of the layer that has most of them."""
         return max((layer.gradient() for layer in self.layers), default=0)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the backbone, in order: what recomputes activations, and what FSDP gathers."""
-    decoder = model.get_decoder()
-    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def units_of(

@@ -177,6 +177,8 @@ class NeoModule(L.LightningModule):
         )
         if not torch.is_grad_enabled():
             reshard(student)
+        if self.teacher is not None:
+            reshard(self.teacher.model)
         return sums
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
