@@ -28,6 +28,7 @@ from neo.config import (
 from neo.results.records import RunRecord
 from neo.training.command_line import REFUSED, console, leave, quiet
 from neo.training.consistency import check_config
+from neo.training.devices import num_devices
 from neo.training.ending import OutputError
 from neo.training.launch import (
     LAUNCHED,
@@ -42,7 +43,6 @@ from neo.training.run import Run
 from neo.training.run_folder import recorded_run
 from neo.training.skipped_steps import DivergedError
 from neo.training.summary import print_plan
-from neo.training.trainer import num_processes
 
 # What a user's data, models or machine may raise.
 FAILED = (
@@ -118,7 +118,7 @@ def train(composed: DictConfig) -> RunRecord | None:
                 "torchrun or srun; README, Many devices"
             ]
         )
-    num = num_processes(trainer)
+    num = num_devices(trainer)
     return run.record() if num == 1 else run.launch(num)
 
 

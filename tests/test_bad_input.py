@@ -186,7 +186,7 @@ REFUSED = {
         "trainer (accelerator=cpu, devices=0)",
         "not a valid input",
     ),
-    "unknown strategy": ("trainer.strategy=ddpp", "strategy='ddpp'", "ddp_spawn"),
+    "unknown strategy": ("trainer.strategy=ddpp", "strategy='ddpp'", "must be one of auto, ddp"),
     "fp16 on a CPU": ("trainer.precision=16-mixed", "trainer.precision='16-mixed': a CPU has none"),
     "no accumulation": ("trainer.accumulate_grad_batches=0", "must be an integer of at least 1"),
     "never logs": (

@@ -5,6 +5,7 @@ from lab import compose
 from neo.config import ConfigError, run_id, validate
 from neo.teachers.device import device_problems
 from neo.teachers.online import OnlineTeacher
+from neo.training.devices import num_processes
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def problems(device, trainer=None, **keys):
     config = compose("trainer=cpu", f"teacher.device={device}")
     validate(config)
     config["trainer"] |= trainer or {}
-    return list(device_problems(config | keys))
+    return list(device_problems(config | keys, num_processes(config["trainer"])))
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "", "cpu:cpu"])
@@ -45,7 +46,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(two_gpus, mon
 
 def test_without_a_teacher_its_device_is_no_problem():
     config = compose("method=lora", "teacher=none", "teacher.device=cuda:7")
-    assert list(device_problems(config)) == []
+    assert list(device_problems(config, 1)) == []
 
 
 def test_a_teacher_with_a_device_of_its_own_is_not_sharded(two_gpus):

@@ -138,7 +138,7 @@ def test_models_and_rows_meet_without_a_weight_being_read(
     monkeypatch.setattr(transformers.modeling_utils, "safe_open", refuse)
     student, teacher = specs(student_dir, teacher_dir)
     rows = FileData(path=str(write_rows(tmp_path / "rows.jsonl")), max_length=64, val_share=0.25)
-    config = {"seed": 0, "trainer": {"max_steps": -1}}
+    config = {"seed": 0, "keep_best": 0, "trainer": {"max_steps": -1}}
     meeting, data = meet_all(
         config,
         {

@@ -142,8 +142,8 @@ def test_quantised_weights_are_as_small_as_their_bits_and_constants():
     weight = torch.empty(256, 1024, device="meta")
     num = weight.numel()
     assert quantized_bytes("nf4", weight) == num / 2 + num / 64 + 4 * num / (64 * 256)
-    assert quantized_bytes("int8", weight) == num + 4 * 256
-    assert quantized_bytes("int4", weight) == num / 2 + 4 * num / 128
+    assert quantized_bytes("int8", weight) == num + 5 * 256
+    assert quantized_bytes("int4", weight, 128) == num / 2 + 4 * num / 128
 
 
 def test_saved_for_backward_is_counted_as_autograd_saves_it():

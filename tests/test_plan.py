@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from weakref import WeakSet
 
+import lightning as L
 import pytest
 import torch
 from lab import ROWS, compose, compose_raw, tiny_model, write_rows
@@ -16,7 +17,8 @@ from neo.models.causal_lm import CausalLM
 from neo.models.student import inner
 from neo.plan import plan, show
 from neo.training import preflight
-from neo.training.device_plan import Placement, num_devices, placed, placement_of
+from neo.training.device_plan import Placement, placed, placement_of
+from neo.training.devices import num_devices
 from neo.training.meet import meet_all
 from neo.training.module import NeoModule
 from neo.training.preflight import plan_run, sample_of, single_changes, workload_of
@@ -220,14 +222,14 @@ def test_a_gpu_has_half_precision_weights_and_all_of_the_optimizer_at_once(cost)
     assert planned_dtype(CausalLM(path="x", dtype="float16"), "cpu") == torch.float16
 
 
-def test_ddp_has_everything_on_every_device_and_buffers_of_what_is_trained(cost):
+def test_ddp_has_everything_on_every_device_and_never_gives_its_gradients_back(cost):
     step, work = cost
     one = placed(step, Placement("cuda"), work)
     ddp = placed(step, Placement("cuda", 8), work)
     for part in (*WEIGHTS, "gradients", "optimizer", "activations"):
         assert ddp.most[part] == one.most[part]
-    assert ddp.most["reduction buffers"] == step.student.gradient()
-    assert "reduction buffers" not in one.most
+    assert all(p["gradients"] == step.student.gradient() for p in ddp.phases.values())
+    assert one.phases["backward"].get("gradients", 0) < step.student.gradient()
     assert ddp.traffic.step.all_reduce == step.student.gradient()
 
 
@@ -255,12 +257,15 @@ def test_a_sharded_teacher_is_all_that_is_split_and_may_lie_elsewhere(cost):
     ddp = placed(step, Placement("cuda", 4), work)
     split = placed(step, Placement("cuda", 4, sharded_teacher=True), work)
     assert split.most["teacher"] == -(-ddp.most["teacher"] // 4)
-    for part in ("student", "adapter", "optimizer", "reduction buffers"):
+    for part in ("student", "adapter", "optimizer", "gradients"):
         assert split.most[part] == ddp.most[part]
     assert split.phases["student forward"].get("gathered units") is None
     away = placed(step, Placement("cuda", 4, sharded_teacher=True, offload=True), work)
     assert "teacher" not in away.most
     assert split.traffic.step.all_gather == step.teacher.gathered(4)
+    apart = placed(step, Placement("cuda", teacher_elsewhere=True), work)
+    assert apart.most["teacher"] == step.teacher.head.gathered()
+    assert "teacher activations" not in apart.most
 
 
 def test_full_training_under_fsdp_keeps_float32_and_gathers_half_precision(typed):
@@ -287,7 +292,10 @@ def test_devices_are_counted_as_lightning_counts_them(typed):
     assert found == Placement("cuda", 6, fsdp=True, sharded_teacher=True)
     found = placement_of(config | {"sharding": "teacher"}, specs_of(config))
     assert found == Placement("cpu", 2, sharded_teacher=True)
-    assert num_devices("auto", gpu=False) == 1
+    for devices in (2, "3", "auto"):
+        given = {"devices": devices, "accelerator": "cpu"}
+        lightning = L.Trainer(**given, logger=False, barebones=True).num_devices
+        assert num_devices(given) == max(1, lightning)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_read(typed, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_every_command_of_the_readme_is_one_of_ours():
     assert COMMANDS
     for command in COMMANDS:
         assert shlex.split(command)[:2] == ["python", "-m"]
-        assert shlex.split(command)[2] in ("neo.train", "neo.export", "neo.report")
+        assert shlex.split(command)[2] in ("neo.train", "neo.plan", "neo.export", "neo.report")
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "neo.train" in c and "--help" not in c])
@@ -43,8 +43,8 @@ def test_every_training_command_of_the_readme_is_a_config_that_can_run(
     from neo.training import trainer
 
     # The hub's models and a GPU are not here; everything else is checked.
-    monkeypatch.setattr(trainer, "trainer_problems", lambda node: [])
-    monkeypatch.setattr("neo.training.consistency.trainer_problems", lambda node: [])
+    monkeypatch.setattr(trainer, "trainer_problems", lambda node, **_: [])
+    monkeypatch.setattr("neo.training.consistency.trainer_problems", lambda node, **_: [])
     words = [w for w in arguments(command, ROWS=ROWS / "alpaca.json", DIR=student_dir) if w != "-m"]
     check_config(compose(*(word.split(",")[0] for word in words)))
 

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from neo.models.integer_weights import GROUP_SIZE
+
 Part = str
 Phase = str
 
@@ -189,12 +191,13 @@ def weight_bytes(model: nn.Module, frozen: torch.dtype) -> dict[str, int]:
     }
 
 
-def quantized_bytes(kind: str, weight: Tensor) -> int:
+def quantized_bytes(kind: str, weight: Tensor, group_size: int = GROUP_SIZE) -> int:
     """Bytes that a quantised weight takes with the constants of its blocks.
 
     bitsandbytes (nf4, fp4): 4 bits, an absolute maximum in 8 bits for 64 weights, and one in 32
-    bits for 256 of those (Dettmers et al. 2023, arXiv:2305.14314, section 3). int8: a float32 scale
-    a row; int4: a scale and a zero in 16 bits for 128 weights, as torchao stores them.
+    bits for 256 of those (Dettmers et al. 2023, arXiv:2305.14314, section 3). As torchao stores
+    them, int8: a float32 scale and a zero in 8 bits a row; int4: a scale and a zero in 16 bits for
+    each group of a row.
 
     Example:
         >>> quantized_bytes("nf4", torch.empty(256, 64, device="meta"))  # 8192 + 256 + 4
@@ -203,7 +206,7 @@ def quantized_bytes(kind: str, weight: Tensor) -> int:
     num = weight.numel()
     if kind in ("nf4", "fp4"):
         return num // 2 + num // 64 + 4 * -(-num // (64 * 256))
-    return num + 4 * len(weight) if kind == "int8" else num // 2 + 4 * -(-num // 128)
+    return num + 5 * len(weight) if kind == "int8" else num // 2 + 4 * -(-num // group_size)
 
 
 def quantized_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ def device_of(name: Any) -> torch.device | None:
     return device if device is not None and device.type in TYPES else None
 
 
-def device_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What stands against the device of its own that a run's config gives the teacher.
+def device_problems(config: Mapping[str, Any], num_processes: int) -> Iterator[str]:
+    """What stands against the device of its own that a run of several processes gives the teacher.
 
     Groups that are wrong by themselves are others' to report.
     """
@@ -47,23 +47,8 @@ def device_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"{where}: sharding=teacher shards it over the devices of all processes; use one or "
             "the other"
         )
-    if (processes := _num_processes(trainer)) > 1 and device.type != "cpu":
+    if num_processes > 1 and device.type != "cpu":
         yield (
-            f"{where}: would hold the teachers of all {processes} processes (trainer.devices x "
+            f"{where}: would hold the teachers of all {num_processes} processes (trainer.devices x "
             "trainer.num_nodes); use cpu, null, or one process"
         )
-
-
-def _num_processes(trainer: Mapping[str, Any]) -> int:
-    """How many processes Lightning starts: one for each device of each node."""
-    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
-    on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    every = max(1, torch.cuda.device_count()) if on_gpu else 1
-    if isinstance(devices, str) and "," in devices:  # "0,1" are those, "2" is how many
-        devices = [name for name in devices.split(",") if name.strip()]
-    if isinstance(devices, list | tuple):
-        count = len(devices)
-    else:
-        named = str(devices)
-        count = int(named) if named.isdecimal() else every  # auto, -1, or the trainer refuses it
-    return count * (nodes if isinstance(nodes, int) else 1)

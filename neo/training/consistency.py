@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from neo.config import SPECS, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
 from neo.teachers.device import device_problems
+from neo.training.devices import num_processes
 from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
@@ -38,7 +40,8 @@ def run_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[st
     yield from quantization_problems(config, here=here)
     yield from _spread_problems(config)
     if here:
-        yield from device_problems(config)
+        with suppress(ValueError):  # of devices that the trainer refuses
+            yield from device_problems(config, num_processes(config["trainer"]))
     data = config["data"]
     mini = data.get("_target_") == "neo.data.mini_data.MiniData"
     split = config["eval_split"]

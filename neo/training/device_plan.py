@@ -17,6 +17,7 @@ from neo.models.traffic import (
     fsdp_traffic,
     sharded_teacher_traffic,
 )
+from neo.training.devices import num_processes, on_gpu
 from neo.training.step_cost import AUTOCAST, StepCost, Workload, count_step
 
 GIB = 2**30
@@ -35,6 +36,7 @@ class Placement:
         fsdp: Student and teacher are split over all processes.
         sharded_teacher: The teacher is, under either strategy.
         offload: The teacher's parts stay in the CPU's memory.
+        teacher_elsewhere: Its backbone has a device of its own, and only its head lies here.
     """
 
     device_type: str
@@ -42,6 +44,7 @@ class Placement:
     fsdp: bool = False
     sharded_teacher: bool = False
     offload: bool = False
+    teacher_elsewhere: bool = False
 
     @property
     def name(self) -> str:
@@ -113,34 +116,16 @@ class Plan:
 def placement_of(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Placement:
     """Where the models of a run's config lie, be the devices here or not."""
     trainer = config["trainer"]
-    accelerator = trainer.get("accelerator", "auto")
-    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    num = num_devices(trainer.get("devices", 1), gpu) * int(trainer.get("num_nodes", 1) or 1)
     fsdp = "fsdp" in str(trainer.get("strategy", "auto"))
     teacher = specs.get("teacher")
     return Placement(
-        device_type="cuda" if gpu else "cpu",
-        num_processes=num,
+        device_type="cuda" if on_gpu(trainer) else "cpu",
+        num_processes=num_processes(trainer),
         fsdp=fsdp,
         sharded_teacher=teacher is not None and (fsdp or config.get("sharding") == "teacher"),
         offload=bool(getattr(teacher, "offload", False)),
+        teacher_elsewhere=getattr(teacher, "device", None) is not None,
     )
-
-
-def num_devices(devices: Any, gpu: bool) -> int:
-    """How many devices of a node Lightning would take.
-
-    Example:
-        >>> [num_devices(d, gpu=False) for d in (2, "3", [0, 2], "0,1,", "auto")]
-        [2, 3, 2, 2, 1]
-    """
-    if isinstance(devices, list | tuple):
-        return len(devices)
-    if isinstance(devices, str) and "," in devices:
-        return len([d for d in devices.split(",") if d.strip()])
-    if devices in ("auto", -1, "-1", None):
-        return max(1, torch.cuda.device_count()) if gpu else 1
-    return int(devices)
 
 
 def make_plan(
@@ -198,11 +183,16 @@ def _on_device(
     if placement.sharded_teacher and cost.teacher is not None:
         parts["teacher"] = 0 if placement.offload else _share(parts.get("teacher", 0), num)
         gathered += _teacher_gathered(phase, cost.teacher)
+    if placement.teacher_elsewhere and cost.teacher is not None:
+        head = cost.teacher.head if cost.teacher.head is not None else cost.teacher.backbone
+        parts["teacher"] = head.gathered()
+        parts.pop("teacher activations", None)
     if placement.fsdp:
         gathered += _student_gathered(phase, cost.student)
         _shard_student(phase, parts, cost, num, workload)
     elif num > 1:
-        parts[BUCKETS] = cost.student.gradient()  # DDP reduces in buckets of its own
+        # They lie in the buckets that DDP reduces, which it never gives back.
+        parts["gradients"] = cost.student.gradient()
     if gathered:
         parts[GATHERED] = gathered
     return parts

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from neo.data.packing import Batch
 from neo.losses.chunk import sized_for
 from neo.models.causal_lm import CausalLM
+from neo.models.integer_weights import GROUP_SIZE
 from neo.models.memory import (
     StepCounter,
     make_fake,
@@ -282,8 +283,9 @@ class _Count:
         if kind is not None:
             whole = inner(model) if role == "student" else model
             weights = quantized_weights(whole).values()
+            group_size = getattr(self.specs[role], "group_size", GROUP_SIZE)
             for weight in weights:
-                stored = quantized_bytes(kind, weight)
+                stored = quantized_bytes(kind, weight, group_size)
                 self.counter.add(role, stored - weight.untyped_storage().nbytes())
             self.widest[role] = max((w.untyped_storage().nbytes() for w in weights), default=0)
 

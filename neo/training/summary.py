@@ -13,10 +13,10 @@ from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
 from neo.training.device_plan import Plan
+from neo.training.devices import num_processes
 from neo.training.meet import Meeting
 from neo.training.plan_table import compute_line, memory_line, short, traffic_line
 from neo.training.preflight import limit_gib
-from neo.training.trainer import num_processes
 
 
 def print_plan(
@@ -111,7 +111,7 @@ def _steps(config: dict[str, Any], data: DataModule) -> str:
     sample = peek(data, 4)
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in sample) / len(sample)
     rows_per_batch = sum(batch.num_rows for batch in sample) / len(sample)
-    num = num_processes(trainer) * trainer.get("num_nodes", 1)
+    num = num_processes(trainer)
     micro = f"{spec.batch_size} x {accumulate} sequences of at most {spec.max_length} tokens"
     micro += f" on each of {num} devices" * (num > 1)
     per_step = tokens * accumulate * num

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 from neo.config import OWN_KEYS
+from neo.training.devices import num_processes
 from neo.training.strategies import STRATEGIES, build_strategy
 
 # What the callbacks, the data and the record rely on, so that a config may not set it.
@@ -38,24 +39,13 @@ def build_trainer(
         for key, value in node.items()
         if key != "_target_" and f"trainer.{key}" not in OWN_KEYS
     }
-    keys["strategy"] = build_strategy(
-        node.get("strategy", "auto"), num_processes(node) * node.get("num_nodes", 1), sharding
-    )
+    strategy = node.get("strategy", "auto")
+    keys["strategy"] = build_strategy(strategy, num_processes(node), sharding)
     return L.Trainer(
         **keys | {"enable_progress_bar": False} | OURS,
         callbacks=list(callbacks),
         logger=list(loggers),
     )
-
-
-def num_processes(node: Mapping[str, Any]) -> int:
-    """How many processes train on this machine, one for each device.
-
-    Raises:
-        ValueError: Lightning does not know what the devices are, or they are not there.
-    """
-    keys = {key: node[key] for key in ("accelerator", "devices") if key in node}
-    return L.Trainer(**keys, logger=False, barebones=True).num_devices
 
 
 def trainer_problems(node: Mapping[str, Any], *, here: bool = True) -> list[str]:
