@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The mini-lab is so small that threads cost more than they bring.
 SMALL := OMP_NUM_THREADS=1
+# Tests of one file share what they have built.
+PARALLEL := -n logical --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -40,11 +42,11 @@ variants: $(READY) ## the LoRA variants: a rate for each, then five seeds, then 
 		trainer.enable_progress_bar=false < experiments/variants_search/chosen.txt || true
 	$(BIN)/python -m neo.report variants runs=runs out=experiments/variants
 
-test: $(READY) ## the tests
-	$(SMALL) $(BIN)/pytest
+test: $(READY) ## the tests, a process for each core
+	$(SMALL) $(BIN)/pytest $(PARALLEL)
 
 test-all: $(READY) ## the tests, slow ones too
-	$(SMALL) $(BIN)/pytest -m 'not gpu or gpu'
+	$(SMALL) $(BIN)/pytest $(PARALLEL) -m 'not gpu or gpu'
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
