@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fits import ROWS, fit, history, trained
+from lab import tiny_model, write_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -197,3 +198,19 @@ def test_kd_ratio_0_is_plain_training_and_1_ignores_the_labels(
     fit(student_dir, teacher_dir, tmp_path / "one", f"data.path={eight_rows}", *CONSTANT,
         "data.batch_size=8", "trainer.max_epochs=3", "loss.kd_ratio=1")  # fmt: skip
     assert history(tmp_path / "one", "train/loss") == history(tmp_path / "one", "train/kd")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_what_layers_train(tmp_path):
+    student = tiny_model(tmp_path / "student", layers=1, seed=1)
+    # unpacked and in their order, rows of one length: compiling on a CPU takes half a minute a time
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "abc", "completion": "cba"}] * 8)
+    overrides = (
+        f"data.path={rows}", "method=lora", "data.packing=false", "data.shuffle=false",
+        "data.batch_size=2", "trainer.max_steps=4", "optim.lr=1e-2",
+    )  # fmt: skip
+    fit(student, None, tmp_path / "plain", *overrides)
+    fit(student, None, tmp_path / "compiled", *overrides, "torch_compile=true")
+    plain, compiled = trained(tmp_path / "plain"), trained(tmp_path / "compiled")
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=0, atol=1e-5)

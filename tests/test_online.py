@@ -6,6 +6,7 @@ from fits import fit, history, trained
 from lab import tiny_model
 from torch import nn
 
+from neo.models.causal_lm import CausalLM
 from neo.models.head import head_of
 from neo.models.hidden import check_packing, hidden_states
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
@@ -148,3 +149,13 @@ def test_a_student_on_a_gpu_learns_from_a_teacher_elsewhere(
     teacher = spec.load_frozen(torch.device("cuda", 0)).to("cuda:0")
     assert {str(p.device) for p in teacher.model.get_decoder().parameters()} == {own}
     assert str(head_of(teacher.model).weight.device) == "cuda:0"
+
+
+def test_a_teacher_that_stays_is_moved_by_nobody(student_dir):
+    model = CausalLM(path=str(student_dir)).load(torch.device("cpu"), trained=False)
+    parent = torch.nn.Module()
+    parent.teacher = FrozenTeacher(model, stays=True)
+    parent.free = torch.nn.Linear(2, 2)
+    parent.to(torch.float64)
+    assert parent.free.weight.dtype == torch.float64
+    assert all(p.dtype == torch.float32 for p in parent.teacher.parameters())

@@ -100,7 +100,7 @@ class OnlineTeacher(CausalLM):
             mesh: Of the processes that each hold a part.
         """
         if mesh is not None:
-            return FrozenTeacher(sharded_teacher(self, mesh, offload=self.offload))
+            return FrozenTeacher(sharded_teacher(self, mesh, offload=self.offload), stays=True)
         own = device_of(self.device)
         return FrozenTeacher(self.load(own or device, trained=False), own)
 
@@ -112,12 +112,16 @@ class FrozenTeacher(nn.Module):
         model: Any causal LM.
         device: Where its backbone is brought and stays, wherever this module is moved; its head is
             moved. None: all of it is moved.
+        stays: Nothing of it is moved: its parts are on their device, or in the CPU's memory.
     """
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device | None = None, *, stays: bool = False
+    ) -> None:
         super().__init__()
+        self.stays = stays
         model.requires_grad_(False).eval()
         if device is None:
             self.model = model
@@ -126,6 +130,9 @@ class FrozenTeacher(nn.Module):
             model.to(device)
             model.get_decoder().register_forward_pre_hook(_bring_inputs(device), with_kwargs=True)
             self.__dict__["model"] = model  # and no submodule, so that nothing moves it
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenTeacher":
+        return self if self.stays else super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         """Stays in eval mode, whatever its parent does: dropout would make a noisy teacher."""

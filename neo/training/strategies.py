@@ -64,18 +64,6 @@ class DDP(DDPStrategy):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         super().setup(trainer)
 
-    def teardown(self) -> None:
-        """Leaves the parts of a teacher where they are: they cannot be moved."""
-        if not self.split_teacher:
-            super().teardown()
-            return
-        module: Any = self.lightning_module
-        self._lightning_module = None
-        try:
-            super().teardown()
-        finally:
-            self._lightning_module = module
-
 
 class FSDP(ModelParallelStrategy):
     """FSDP2: each process holds a part of every weight of student, branch and teacher.
