@@ -44,7 +44,7 @@ class DDP(DDPStrategy):
         super().__init__(
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
         )
         self.split_student, self.split_teacher = False, split_teacher
         self._mesh: DeviceMesh | None = None
