@@ -149,6 +149,8 @@ def _load_parts(spec: CausalLM, mesh: DeviceMesh, *, trained: bool, seed: int) -
     for name, weight in model.named_parameters(remove_duplicate=False):
         if isinstance(weight, DTensor):  # on a mesh of transformers' own
             local = cast(DTensor, weight.detach()).to_local()
+            if local.untyped_storage().nbytes() > local.nbytes:  # of a file that is mapped whole
+                local = local.clone()
             weights[name] = DTensor.from_local(
                 local, mesh, [Shard(0)], shape=weight.shape, stride=weight.stride()
             )
