@@ -201,6 +201,7 @@ def test_kd_ratio_0_is_plain_training_and_1_ignores_the_labels(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it compiles
 def test_compiled_layers_train_what_layers_train(tmp_path):
     student = tiny_model(tmp_path / "student", layers=1, seed=1)
     # unpacked and in their order, rows of one length: compiling on a CPU takes half a minute a time

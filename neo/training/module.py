@@ -119,8 +119,9 @@ class NeoModule(L.LightningModule):
                 if data is not None and data.data.packing:
                     with strategy.precision_plugin.forward_context() if split else nullcontext():
                         check_packing(model)
-                speed_up_frozen(model.get_decoder())
-                if self.compile_layers:
+                if not self.compile_layers:
+                    speed_up_frozen(model.get_decoder())
+                else:  # which chooses its own products
                     for layer in decoder_layers(model):
                         # not the layer, whose hooks gather and free its weights
                         layer.forward = torch.compile(layer.forward, dynamic=True)
