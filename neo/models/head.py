@@ -159,7 +159,8 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: DTensor) -> Tensor:
         ctx.mesh, ctx.placements = weight.device_mesh, weight.placements
-        return weight.full_tensor()
+        # parts in the CPU's memory are gathered on the device
+        return cast(DTensor, weight.to(ctx.mesh.device_type)).full_tensor()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,7 +9,9 @@ causal LM around both, so that is none; nor the head, which `head_of` gathers fo
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -143,7 +145,8 @@ def is_sharded(model: PreTrainedModel) -> bool:
 def _load_parts(spec: CausalLM, mesh: DeviceMesh, *, trained: bool, seed: int) -> Parts:
     device = torch.device(mesh.device_type)
     config = DistributedConfig(fsdp_size=mesh.size())
-    model = spec.load_weights(device, trained=trained, seed=seed, distributed_config=config)
+    with _as_local_rank(mesh):
+        model = spec.load_weights(device, trained=trained, seed=seed, distributed_config=config)
     split = _in_parts(mesh)
     weights = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -157,6 +160,25 @@ def _load_parts(spec: CausalLM, mesh: DeviceMesh, *, trained: bool, seed: int) -
         else:
             weights[name] = split(weight.detach())
     return Parts(weights, dict(model.named_buffers()))
+
+
+@contextmanager
+def _as_local_rank(mesh: DeviceMesh) -> Iterator[None]:
+    """Within it transformers, which goes by LOCAL_RANK, takes the device that this process has.
+
+    SLURM calls it otherwise, and `trainer.devices` may choose others than the first.
+    """
+    if mesh.device_type != "cuda":
+        yield
+        return
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK")
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _in_parts(mesh: DeviceMesh) -> Callable[[Tensor], DTensor]:

@@ -55,6 +55,12 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Counts from where the run begins or goes on."""
         self.saved_at = trainer.global_step
+        steps = cast(Any, trainer).datamodule.ranks.gather(trainer.global_step)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"{self.folder}: the processes found checkpoints of steps {steps}; all of them "
+                "must see the same folder"
+            )
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """The data are in the new epoch already: the step before cannot be gone back to."""
@@ -115,7 +121,8 @@ class Checkpoints(L.Callback):
         if self.written == step:
             return
         trainer.save_checkpoint(checkpoint_file(self.folder, step))
-        if self.files.failure is None:
+        # The first process alone writes; the others must not think otherwise of what it wrote.
+        if trainer.strategy.broadcast(self.files.failure is None):
             self.written = step
 
     def score(self, trainer: L.Trainer, val_loss: float) -> None:

@@ -26,7 +26,8 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_fir
 def leave(error: Exception, status: int) -> NoReturn:
     """Exits with a message in place of a traceback."""
     tell_launcher(error)
-    speaker = f"rank {os.environ.get('RANK')}: " if in_process_group() else ""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    speaker = f"rank {rank}: " if in_process_group() else ""
     Console(stderr=True, highlight=False, soft_wrap=True).print(
         speaker + explain(error), markup=False
     )

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
+
 from neo.config import SPECS, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
 from neo.teachers.device import device_problems
-from neo.training.devices import num_processes
+from neo.training.devices import num_processes, on_gpu
 from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
@@ -83,6 +85,11 @@ def _spread_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "teacher.offload=true: is for a teacher that is split over the processes; use "
             "trainer=fsdp, or trainer=ddp sharding=teacher (both work on one device, too)"
+        )
+    if split and not on_gpu(config["trainer"]) and torch.cuda.is_available():
+        yield (
+            f"trainer.accelerator={config['trainer'].get('accelerator')!r}: on a machine with GPUs "
+            "transformers loads parts onto them; use accelerator=gpu, or CUDA_VISIBLE_DEVICES="
         )
     if strategy == "fsdp" and student.get("quantization"):
         yield (

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,18 +59,22 @@ def tell_launcher(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
-def run_processes(num_processes: int, overrides: list[str]) -> None:
+def run_processes(
+    num_processes: int, overrides: Sequence[str], hydra_overrides: Sequence[str] = ()
+) -> None:
     """Runs one job in so many processes of this machine and waits for them.
 
     Args:
         num_processes: One per device.
         overrides: The job's, as Hydra took them.
+        hydra_overrides: Those of Hydra itself.
 
     Raises:
         ProcessesFailed: The first process that failed, by its own account or by how it ended.
     """
-    # a sweep's job: the processes compose it alone
-    arguments = [a for a in overrides if not a.startswith("hydra.")] + ["hydra.mode=RUN"]
+    # where configs lie is said to Hydra; the rest of what it is told is of the sweep
+    searched = [a for a in hydra_overrides if a.startswith("hydra.searchpath")]
+    arguments = [*overrides, *searched, "hydra.mode=RUN"]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     values = {LAUNCHED: "1"}
     if "OMP_NUM_THREADS" not in os.environ:  # as torchrun does, so that they leave each other cores

@@ -208,7 +208,7 @@ class NeoModule(L.LightningModule):
         assert self.step_sums is not None
         sums, self.step_sums = self.step_sums, None
         reduce = self.trainer.strategy.reduce
-        tokens = cast(Tensor, reduce(sums.tokens, reduce_op="sum"))
+        tokens = cast(Tensor, reduce(sums.tokens.clone(), reduce_op="sum"))  # in place
         undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         torch._foreach_mul_([local(g) for g in gradients], undo / tokens.clamp(min=1))

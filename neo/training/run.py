@@ -20,7 +20,14 @@ from neo.data.datamodule import DataModule
 from neo.data.packing import RowReport
 from neo.models.start import Start
 from neo.models.student import inner, trained_parameters
-from neo.results.records import RunRecord, finite, provenance, read_record, write_record
+from neo.results.records import (
+    RunRecord,
+    finite,
+    provenance,
+    read_record,
+    write_atomically,
+    write_record,
+)
 from neo.training.callbacks import ProgressBar, Throughput
 from neo.training.checkpoint_callback import Checkpoints
 from neo.training.checkpoints import newest_good, remove_checkpoints
@@ -78,7 +85,8 @@ class Run:
             )
         self._begin()
         try:
-            run_processes(num, list(HydraConfig.get().overrides.task))
+            overrides = HydraConfig.get().overrides
+            run_processes(num, overrides.task, overrides.hydra)
         except ProcessesFailed as failure:
             written = self._written()
             if written is not None and written.status == "interrupted":
@@ -102,7 +110,9 @@ class Run:
         self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
         if is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(self.config), self.folder / "config.yaml")
+            # whole or not at all: other processes may be reading it
+            content = OmegaConf.to_yaml(OmegaConf.create(self.config))
+            write_atomically(self.folder / "config.yaml", content.encode())
             (self.folder / "record.json").unlink(missing_ok=True)
 
     def record(self) -> RunRecord | None:
@@ -125,6 +135,8 @@ class Run:
             raised = raised or unwritten
             if isinstance(raised, Interrupted):
                 requeue(raised, self.console.print)
+        if isinstance(raised, DivergedError) or getattr(raised, "agreed", False):
+            self.trainer.strategy.barrier()  # all are here; one that leaves has the others ended
         if raised is not None:
             raise raised
         return record
@@ -187,7 +199,7 @@ class Run:
             checkpoint = newest_good(self.checkpoints.folder, self.console.print)
         step = start = None
         if checkpoint is not None:
-            held = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            held = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
             step, kept = held["global_step"], held["neo"]["start"]
             start = None if kept is None else Start(**kept)
             del held  # Lightning loads the weights and moments itself

@@ -23,9 +23,9 @@ SAME_S = 3.0
 class Interrupted(SystemExit):
     """A run that was asked to stop, and did; the process ends with 128 + the signal's number."""
 
-    def __init__(self, signum: int, said: str) -> None:
+    def __init__(self, signum: int, said: str, agreed: bool = False) -> None:
         super().__init__(128 + signum)
-        self.signum, self.said = signum, said
+        self.signum, self.said, self.agreed = signum, said, agreed
 
     def __str__(self) -> str:
         return self.said
@@ -111,7 +111,7 @@ class StopSignals(L.Callback):
         """Behind the last step and its checkpoint: leaves if a signal came too late for a step."""
         self.waits = False
         if signum := self._agreed(trainer):
-            raise _interrupted(signum, "behind the last step, with a checkpoint")
+            raise _interrupted(signum, "behind the last step, with a checkpoint", True)
 
     def _leave_if_asked(self, trainer: L.Trainer) -> None:
         if self.checkpoints.resumable is None:  # inside a step
@@ -121,7 +121,7 @@ class StopSignals(L.Callback):
         self.checkpoints.save(trainer)
         failure = self.checkpoints.files.failure
         end = "with a checkpoint" if failure is None else f"without a checkpoint: {failure}"
-        raise _interrupted(signum, f"at step {trainer.global_step}, {end}")
+        raise _interrupted(signum, f"at step {trainer.global_step}, {end}", True)
 
     def _agreed(self, trainer: L.Trainer) -> int:
         """The signal that any of the processes received, or 0."""
@@ -150,5 +150,5 @@ def requeue(stopped_by: Interrupted, say: Callable[[str], None]) -> None:
         say(f"SLURM job {job} is back in the queue and goes on from the checkpoint")
 
 
-def _interrupted(signum: int, where: str) -> Interrupted:
-    return Interrupted(signum, f"stopped by {signal.Signals(signum).name} {where}")
+def _interrupted(signum: int, where: str, agreed: bool = False) -> Interrupted:
+    return Interrupted(signum, f"stopped by {signal.Signals(signum).name} {where}", agreed)

@@ -39,7 +39,7 @@ def split_student(module: "NeoModule") -> nn.Module:
 
 def _computed(module: "NeoModule", device: torch.device) -> Start | None:
     student, _, lora = module.specs
-    base = student.load(device, trained=False, seed=module.seed)
+    base = student.load(device, trained=False, seed=module.seed).to(device)
     calibration = None
     if needs_rows(lora.adapter):
         calibration = module.calibration(base, lora, device)

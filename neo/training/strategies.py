@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
@@ -150,8 +151,10 @@ class FSDP(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The file, as it is read for one device."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        """The file, mapped: of each tensor a process reads its part, when that is taken."""
+        return torch.load(
+            checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only is not False
+        )
 
     def _gathered(self, tree: Any) -> Any:
         """The tree with whole tensors on the CPU; all processes must call, the first keeps them."""
