@@ -97,7 +97,7 @@ def test_one_command_trains_in_two_processes_and_leaves_one_record(models, tmp_p
         assert process.wait(180) == 0, process.said()
         assert process.said().count("trained ") == 1  # one plan
     assert record_in(run)["status"] == "ok"
-    assert record_in(run)["rows"]["read"] == 12  # of both
+    assert record_in(run)["rows"]["read"] == 10  # of both
     assert trained(run)
     with started(tmp_path, overrides) as process:
         assert process.wait(60) == 0
@@ -138,7 +138,7 @@ def test_what_one_rank_raises_is_the_reason_of_the_run(models, tmp_path):
         assert process.wait(180) == 1
         assert "rank 1: data.max_bad_rows=3" in process.said()
     assert record_in(run)["status"] == "failed"
-    assert "rank 1: data.max_bad_rows=3" in record_in(run)["error"]
+    assert "rank 1: TooManyBadRows: data.max_bad_rows=3" in record_in(run)["error"]
 
 
 def test_from_python_a_run_of_several_processes_is_refused(models, tmp_path):
