@@ -33,6 +33,7 @@ from neo.training.ending import OutputError
 from neo.training.launch import (
     LAUNCHED,
     ProcessesFailed,
+    end_with_launcher,
     in_process_group,
     tell_launcher,
 )
@@ -57,6 +58,7 @@ FAILED = (
 
 def main() -> None:
     """The command line; exits with 2 where the config is refused, with 1 where a run failed."""
+    end_with_launcher()
     register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     sys.argv[1:] = open_groups(sys.argv[1:])

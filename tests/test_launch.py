@@ -126,6 +126,32 @@ def test_a_rank_that_dies_ends_the_run_soon_and_the_next_start_goes_on(models, t
 
 
 @pytest.mark.slow
+def test_the_processes_of_a_launcher_that_is_killed_save_and_leave(models, tmp_path):
+    run = tmp_path / "run"
+    with started(tmp_path, settings(*models, run, *ENDLESS)) as process:
+        wait_until(lambda: any(run.glob("checkpoints/*.ckpt")))
+        left = ranks(process)
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(left.values(), timeout=30)
+        assert not alive
+    assert record_in(run)["status"] == "interrupted"
+    assert "SIGTERM at step" in record_in(run)["error"]
+
+
+@pytest.mark.slow
+def test_checkpoints_that_cannot_be_written_leave_no_process_waiting(models, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("no folder")  # the second rank sees no error of the first's
+    every = ("trainer.max_steps=2", "trainer.max_epochs=-1", "checkpoint_every_n_steps=2")
+    with started(tmp_path, settings(*models, run, *TWO, *every)) as process:
+        assert process.wait(120) == 1, process.said()
+    assert record_in(run)["metrics"]["perf/failed_checkpoints"] >= 1
+    assert "could not be written" in record_in(run)["error"]
+
+
+@pytest.mark.slow
 def test_what_one_rank_raises_is_the_reason_of_the_run(models, tmp_path):
     # in their order, every second row goes to the second process
     rows = [row if i % 2 == 0 or i < 4 else {"prompt": "a"} for i, row in enumerate(ROWS * 4)]

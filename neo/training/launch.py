@@ -4,6 +4,7 @@ Lightning's own launcher repeats the command line, which under Hydra's `-m` is t
 each job gets a process group of its own, that runs the job alone.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ LAUNCHED = "NEO_LAUNCHED"
 SENT_ON = (signal.SIGTERM, signal.SIGUSR1)
 # How long processes that wait for a dead one are given to end by themselves.
 SHUTDOWN_S = 15
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class ProcessesFailed(RuntimeError):
@@ -57,6 +59,15 @@ def tell_launcher(error: BaseException) -> None:
     """Leaves word of why this process ends, for whoever started it and the others."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         get_error_handler().record_exception(error)
+
+
+def end_with_launcher() -> None:
+    """Has this process told to stop, by SIGTERM, should the one that started it be killed.
+
+    Otherwise those of a killed launcher would train on, unseen. Linux alone can do that.
+    """
+    if LAUNCHED in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_processes(
