@@ -3,7 +3,10 @@ import os
 import subprocess
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import lightning as L
 import pytest
 import torch
 from fits import checkpoint, fit, history, power_cut, trained
@@ -13,6 +16,7 @@ from safetensors import SafetensorError
 from neo.config import ConfigError
 from neo.results.records import read_record
 from neo.training import checkpoints, ending
+from neo.training.checkpoint_callback import Checkpoints
 from neo.training.checkpoints import checkpoint_file, fault_of, read_commit
 from neo.training.ending import OutputError
 from neo.training.module import NeoModule
@@ -227,3 +231,15 @@ def test_a_checkpoint_holds_the_id_by_which_wandb_goes_on(rows, student_dir, tmp
     assert checkpoint(tmp_path / "run")["neo"]["wandb_id"] == record.run_id
     fit(student_dir, None, tmp_path / "csv", *SETTINGS, rows, "trainer.max_steps=1")
     assert checkpoint(tmp_path / "csv")["neo"]["wandb_id"] is None
+
+
+def test_processes_that_found_different_checkpoints_do_not_train_on(tmp_path):
+    def trainer(steps):
+        stub = Mock(spec=L.Trainer, global_step=4)
+        stub.datamodule = SimpleNamespace(ranks=SimpleNamespace(gather=lambda mine: steps))
+        return stub
+
+    callback = Checkpoints(tmp_path, every_n_steps=1)
+    callback.on_train_start(trainer([4, 4]), L.LightningModule())
+    with pytest.raises(ValueError, match=r"checkpoints of steps \[4, 0\]; all of them must see"):
+        callback.on_train_start(trainer([4, 0]), L.LightningModule())
