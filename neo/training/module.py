@@ -129,19 +129,20 @@ class NeoModule(L.LightningModule):
 
     def _attached(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
         """The base with its branch; a start is computed by the first process and given to all."""
-        alone = self._trainer is None or self.trainer.world_size == 1
         computes = is_computed(lora.adapter) and self.start is None
-        if not computes or alone or self.trainer.is_global_zero:
-            calibration = None
-            if computes and needs_rows(lora.adapter):
-                calibration = self.calibration(base, lora, device)
-            student = attach_branch(base, lora, self.seed, self.start, calibration)
-            if not computes or alone:
-                return student
-            self.trainer.strategy.broadcast(start_of(student))
-            return student
-        start = self.trainer.strategy.broadcast(None)
-        return attach_branch(base, lora, self.seed, start)
+        if not computes or self._trainer is None or self.trainer.world_size == 1:
+            return self.attach_here(base, lora, device)
+        first = self.trainer.is_global_zero
+        student = self.attach_here(base, lora, device) if first else None
+        start = self.trainer.strategy.broadcast(None if student is None else start_of(student))
+        return attach_branch(base, lora, self.seed, start) if student is None else student
+
+    def attach_here(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
+        """The base with its branch, whose start is computed in this process if it is not known."""
+        calibration = None
+        if self.start is None and needs_rows(lora.adapter):
+            calibration = self.calibration(base, lora, device)
+        return attach_branch(base, lora, self.seed, self.start, calibration)
 
     def calibration(
         self, base: PreTrainedModel, lora: Variant, device: torch.device
@@ -262,9 +263,8 @@ class NeoModule(L.LightningModule):
             shares.append((trainer.global_step + 0.5) / trainer.max_steps)
         if trainer.max_epochs and trainer.max_epochs > 0 and trainer.datamodule.num_rows:
             # The rows of this step are counted already: half of them lie behind its middle.
-            epoch = trainer.datamodule.position[
-                0
-            ]  # Lightning's own can be one ahead after a resume
+            # Lightning's own can be one ahead after a resume.
+            epoch = trainer.datamodule.position[0]
             rows = self.rows_in_epoch - self.rows_in_step / 2
             shares.append((epoch + rows / trainer.datamodule.num_rows) / trainer.max_epochs)
         return min(1.0, max(shares, default=0.0))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from neo.models.sharding import is_sharded, sharded_student
-from neo.models.start import Start, attach_branch, is_computed, needs_rows, start_of
+from neo.models.start import is_computed, start_of
 from neo.models.student import build_student, inner
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ def split_student(module: "NeoModule") -> nn.Module:
     start = module.start
     if is_computed(lora.adapter) and start is None:
         if module.trainer.is_global_zero:
-            start = _computed(module, strategy.root_device)
+            base = student.load(strategy.root_device, trained=False, seed=module.seed)
+            base.to(strategy.root_device)
+            start = start_of(module.attach_here(base, lora, strategy.root_device))
+            del base
         start = strategy.broadcast(start)
     mixed = module.trainer.precision == "bf16-mixed" and lora.adapter is None
     return sharded_student(
@@ -35,15 +38,6 @@ def split_student(module: "NeoModule") -> nn.Module:
         start,
         compute_dtype=torch.bfloat16 if mixed else None,
     )
-
-
-def _computed(module: "NeoModule", device: torch.device) -> Start | None:
-    student, _, lora = module.specs
-    base = student.load(device, trained=False, seed=module.seed).to(device)
-    calibration = None
-    if needs_rows(lora.adapter):
-        calibration = module.calibration(base, lora, device)
-    return start_of(attach_branch(base, lora, module.seed, None, calibration))
 
 
 def whole_student(module: "NeoModule") -> nn.Module | None:
