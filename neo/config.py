@@ -41,7 +41,8 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 # Keys that say where and how loudly a run ran; a run on another device is the same run.
 WHERE_IT_RAN = (
-    "logger", "run_dir", "experiment_name", "dry_run", "rerun", "keep_last", "keep_best",
+    "logger", "run_dir", "experiment_name", "dry_run", "rerun", "retry", "keep_last", "keep_best",
+    "prune",  # whether a search may stop it
     "max_skipped_steps",  # a run it does not end is the same run
     "sharding", "torch_compile", "teacher.device", "teacher.offload",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
@@ -88,6 +89,8 @@ class RunConfig:
     torch_compile: bool = False
     dry_run: bool = False
     rerun: bool = False
+    retry: str | None = None
+    prune: Any = None
 
 
 def conf_dir() -> Path:
@@ -142,7 +145,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
             raise ConfigError([f"{k}: missing; it has no default, so give one" for k in missing])
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([_one_line(error)]) from error
+        raise ConfigError([" ".join(str(error).split())]) from error
     assert isinstance(plain, dict)
     for _, node in _targets(plain):
         _widen(typing.cast(dict[str, Any], node))
@@ -239,8 +242,7 @@ def _bind(path: str, node: Mapping[str, Any]) -> Iterator[str]:
     partial = bool(node.get("_partial_"))
     keys = {k: v for k, v in node.items() if f"{path}.{k}" not in OWN_KEYS and k not in HYDRA_KEYS}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    # A function such as `neo.models.variants.lora` passes its keys on; it names the signature
-    # they must fit in `__wrapped_signature__`.
+    # a function such as `neo.models.variants.lora` names the signature that its keys must fit
     known = dict(signature.parameters)
     if passed_on := getattr(found, "passes_keys_to", None):
         known |= inspect.signature(passed_on).parameters
@@ -344,7 +346,3 @@ def meant(word: str, legal: Collection[str]) -> str:
     """A guess at what was meant, or nothing."""
     close = difflib.get_close_matches(word, legal, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

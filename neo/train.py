@@ -5,16 +5,18 @@ Usage: python -m neo.train [group=choice ...] [key=value ...]; `--help` explains
 
 import os
 import sys
-import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
+from hydra_plugins._neo import SWEEPERS
 from neo.config import (
     SPECS,
     ConfigError,
@@ -26,24 +28,28 @@ from neo.config import (
     run_id,
 )
 from neo.results.records import RunRecord
+from neo.training.apart import Outcome, run_apart
 from neo.training.command_line import REFUSED, console, leave, quiet
 from neo.training.consistency import check_config
 from neo.training.devices import num_devices
 from neo.training.ending import OutputError
+from neo.training.job import in_sweep
 from neo.training.launch import (
     LAUNCHED,
     ProcessesFailed,
     end_with_launcher,
     in_process_group,
+    is_first_process,
     tell_launcher,
 )
 from neo.training.meet import meet_all
 from neo.training.out_of_memory import OutOfMemory
 from neo.training.preflight import planned_or_refused
 from neo.training.run import Run
-from neo.training.run_folder import recorded_run
+from neo.training.run_folder import PATIENCE_S, RunIsBusy, folder_of, lock_run, recorded_run
 from neo.training.skipped_steps import DivergedError
 from neo.training.summary import print_plan
+from neo.training.sweep import SweepFailed
 
 # What a user's data, models or machine may raise.
 FAILED = (
@@ -53,6 +59,8 @@ FAILED = (
     MisconfigurationException,
     OutOfMemory,
     OutputError,
+    RunIsBusy,
+    SweepFailed,
 )
 
 
@@ -60,6 +68,8 @@ def main() -> None:
     """The command line; exits with 2 where the config is refused, with 1 where a run failed."""
     end_with_launcher()
     register()
+    for sweeper in SWEEPERS:
+        Plugins.instance().register(sweeper)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     sys.argv[1:] = open_groups(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -74,30 +84,33 @@ def main() -> None:
         raise
 
 
-def _job(composed: DictConfig) -> None:
+def _job(composed: DictConfig) -> Outcome | None:
+    if in_sweep() and not composed["dry_run"]:
+        return run_apart(train, composed)
     try:
         train(composed)
     except (*REFUSED, *FAILED) as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            traceback.clear_frames(error.__traceback__)  # which hold the models of this job
-            raise  # the other jobs of the sweep go on, and Hydra raises it at the end
         leave(error, 2 if isinstance(error, REFUSED) else 1)
+    return None
 
 
-def train(composed: DictConfig) -> RunRecord | None:
+def train(composed: DictConfig, *, wait_s: float = PATIENCE_S) -> RunRecord | None:
     """One run, from its composed config to its record; None for a dry run.
+
+    Args:
+        composed: By Hydra.
+        wait_s: For another process that trains this very run.
 
     Raises:
         ConfigError: The config cannot run; nothing was loaded or written.
+        RunIsBusy: Another process trains it for longer than that.
     """
     config = resolve(composed)
     quiet()
     check_config(config)
     identity = run_id(config)
-    folder = Path(config["run_dir"] or f"runs/{config['experiment_name']}/{identity}")
-    recorded = recorded_run(folder, identity)
-    if recorded is not None and not config["rerun"] and not config["dry_run"]:
-        console.print(f"run {identity} is recorded in {folder}; rerun=true trains it again")
+    folder = folder_of(config, identity)
+    if (recorded := _recorded(config, folder, identity)) is not None:
         return recorded
     L.seed_everything(config["seed"], workers=True, verbose=False)
     specs = {key: build(config[key]) for key in SPECS}
@@ -109,20 +122,39 @@ def train(composed: DictConfig) -> RunRecord | None:
         print_plan(console, config, specs, folder, meeting, data, plan)
     if config["dry_run"]:
         return None
-    run = Run(config, identity, folder, specs, meeting, data, console)
-    if in_process_group():
-        return run.record()
     trainer = config["trainer"]
-    if trainer.get("num_nodes", 1) > 1:
+    if trainer.get("num_nodes", 1) > 1 and not in_process_group():
         raise ConfigError(
             [
                 f"trainer.num_nodes={trainer['num_nodes']}: start the command on every node, with "
                 "torchrun or srun; README, Many devices"
             ]
         )
-    num = num_devices(trainer)
-    return run.record() if num == 1 else run.launch(num)
+    # who launched this process holds the lock for it
+    alone = LAUNCHED not in os.environ and is_first_process()
+    with lock_run(folder, wait_s) if alone else nullcontext():
+        run = Run(config, identity, folder, specs, meeting, data, console)
+        if in_process_group():
+            return run.record()
+        if (recorded := _recorded(config, folder, identity)) is not None:
+            return recorded  # by a process that held the lock meanwhile
+        num = num_devices(trainer)
+        return run.record() if num == 1 else run.launch(num)
+
+
+def _recorded(config: dict[str, Any], folder: Path, identity: str) -> RunRecord | None:
+    """The record of a run that came to its end and is not to be run again; failed ones are."""
+    recorded = recorded_run(folder, identity)
+    if recorded is None or recorded.status not in ("ok", "pruned"):
+        return None
+    if config["rerun"] or config["dry_run"]:
+        return None
+    console.print(f"run {identity} is recorded in {folder}; rerun=true trains it again")
+    return recorded
 
 
 if __name__ == "__main__":
-    main()
+    # under its own name, by which other processes of a sweep find what they are to run
+    from neo.train import main as command
+
+    command()

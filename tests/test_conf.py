@@ -38,7 +38,7 @@ def test_every_shipped_file_says_first_what_it_is(group, choice):
 
 def test_the_groups_of_the_schema_are_the_folders():
     folders = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
-    assert folders == {*GROUPS, "experiment"}
+    assert folders == {*GROUPS, "experiment", "hydra"}
 
 
 @pytest.mark.parametrize("experiment", [c for g, c in CHOICES if g == "experiment"])

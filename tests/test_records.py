@@ -99,7 +99,7 @@ def test_finite_leaves_out_what_a_record_must_not_hold():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version.*3.*reads 1, 2"),
         ({"schema_version": None}, "'schema_version' is None"),
         ({"status": "fine"}, "status: 'fine', legal: ok, failed"),
         ({"metrics": {"val/cee": 1.0}}, "unknown metric 'val/cee'.*val/ce"),
@@ -141,6 +141,12 @@ def test_a_missing_key_is_refused_naming_file_and_key(tmp_path, key):
     with pytest.raises(ValueError, match=f"'{key}' is missing") as refused:
         read_record(path)
     assert str(path) in str(refused.value)
+
+
+def test_a_record_of_the_version_before_is_read_and_written_as_it_was():
+    known = json.loads(example_run().to_json()) | {"schema_version": 1}
+    record = RunRecord.from_json(json.dumps(known))
+    assert json.loads(record.to_json()) == known
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 1', '{"schema_version": NaN}'])

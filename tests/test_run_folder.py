@@ -1,10 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 from example_runs import example_run
 from omegaconf import OmegaConf
 
 from neo.config import ConfigError, run_id
 from neo.results.records import write_record
-from neo.training.run_folder import recorded_run
+from neo.training.run_folder import LOCK, RunIsBusy, is_busy, lock_run, recorded_run
 
 CONFIG = {"seed": 0, "trainer": {"max_steps": 3}, "optim": {"lr": 2e-05}}
 RUN = run_id(CONFIG)
@@ -22,10 +25,28 @@ def test_a_run_that_came_to_its_end_is_found(tmp_path):
     assert recorded_run(tmp_path, RUN) == record
 
 
-@pytest.mark.parametrize("status", ["failed", "oom", "diverged", "interrupted"])
-def test_a_run_that_failed_is_run_again(status, tmp_path):
-    write_record(example_run(run_id=RUN, status=status), tmp_path)
-    assert recorded_run(tmp_path, RUN) is None
+def test_a_run_has_one_process_at_a_time(tmp_path):
+    assert not is_busy(tmp_path)
+    with lock_run(tmp_path):
+        assert is_busy(tmp_path)
+        with pytest.raises(RunIsBusy, match="another process"), lock_run(tmp_path, wait_s=0.1):
+            pass
+    assert not is_busy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
+    code = (
+        "import pathlib, time; from neo.training.run_folder import lock_run\n"
+        f"with lock_run(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        assert is_busy(tmp_path)
+        process.kill()
+        process.wait()
+    with lock_run(tmp_path, wait_s=0.0):
+        pass
 
 
 def test_a_run_that_was_killed_goes_on_and_no_other_takes_its_checkpoint(tmp_path):

@@ -86,6 +86,10 @@ class Data:
         """Rows of their own for validation; None: a share of `rows` is held out."""
         return None
 
+    def identity(self) -> dict[str, str]:
+        """What the rows are: a "hash" of their content, or the "revision" of the hub."""
+        raise NotImplementedError
+
 
 class DataModule(L.LightningDataModule):
     """Loaders of `Batch` for training and validation, the same whenever they are made again.

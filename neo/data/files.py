@@ -8,6 +8,7 @@ word for word is read here, row by row, and only large files are laid down in it
 import bz2
 import csv
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,11 @@ MEMORY_BYTES = 200_000_000
 
 
 class UnreadableFile(ValueError):
-    """A data file that is missing, of no known format, or malformed at a stated line."""
+    """A data file that is missing, of no known format, or malformed."""
+
+
+class MalformedFile(UnreadableFile):
+    """A data file that is there, but holds no rows, at a stated line where there is one."""
 
 
 class JsonRows(Sequence[Any]):
@@ -59,7 +64,7 @@ def read_files(path: str) -> Any:
             return load_dataset("parquet", data_files=names, split="train")
         except Exception as error:
             cause = error.__cause__ or error
-            raise UnreadableFile(
+            raise MalformedFile(
                 f"data.path={path!r}: cannot be read as Parquet: {cause}"
             ) from error
     if ".parquet" in kinds:
@@ -76,6 +81,15 @@ def read_files(path: str) -> Any:
         if isinstance(error.__cause__, UnreadableFile):
             raise error.__cause__ from None
         raise
+
+
+def content_hash(path: str) -> str:
+    """Sixteen hex digits that name the content of the files, whatever they are called."""
+    digest = hashlib.sha256()
+    for file in find_files(path):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def find_files(path: str) -> list[Path]:
@@ -138,11 +152,11 @@ def _texts(files: Sequence[Path]) -> Iterator[str]:
                 for line, text in rows:  # noqa: B007  the last good line is told
                     yield text
         except UnicodeDecodeError as error:
-            raise UnreadableFile(
+            raise MalformedFile(
                 f"data.path: {file}, after line {line}: not UTF-8 ({error.reason})"
             ) from error
         except (OSError, EOFError, zstandard.ZstdError, lzma.LZMAError) as error:
-            raise UnreadableFile(
+            raise MalformedFile(
                 f"data.path: {file}, after line {line}: cannot be read: {error}"
             ) from error
 
@@ -161,11 +175,11 @@ def _json_rows(lines: TextIOBase, file: Path) -> Iterator[tuple[int, str]]:
             if text in ("{", "["):
                 yield from _json_list("\n" * (number - 1) + line + lines.read(), file)
                 return
-            raise UnreadableFile(
+            raise MalformedFile(
                 f"data.path: {file}, line {number}: not JSON: {error.msg} at column {error.colno}"
             ) from error
         if not isinstance(row, Mapping):
-            raise UnreadableFile(
+            raise MalformedFile(
                 f"data.path: {file}, line {number}: a row must be a JSON object, got {text[:40]!r}"
             )
         yield number, text
@@ -176,17 +190,17 @@ def _json_list(text: str, file: Path) -> Iterator[tuple[int, str]]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UnreadableFile(
+        raise MalformedFile(
             f"data.path: {file}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from error
     if not isinstance(rows, list):
-        raise UnreadableFile(
+        raise MalformedFile(
             f"data.path: {file}: is one JSON object with the keys {sorted(rows)[:8]}; "
             "it must be a list of rows, or one row per line"
         )
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UnreadableFile(
+            raise MalformedFile(
                 f"data.path: {file}, row {number}: a row must be a JSON object, got {row!r:.40}"
             )
         yield 0, json.dumps(row)
@@ -200,17 +214,17 @@ def _table_rows(lines: TextIOBase, delimiter: str, file: Path) -> Iterator[tuple
         if header is None:
             return
         if len(set(header)) < len(header):
-            raise UnreadableFile(f"data.path: {file}, line 1: column names repeat: {header}")
+            raise MalformedFile(f"data.path: {file}, line 1: column names repeat: {header}")
         for cells in reader:
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise UnreadableFile(
+                raise MalformedFile(
                     f"data.path: {file}, line {reader.line_num}: {len(cells)} cells where the "
                     f"header has {len(header)} ({', '.join(header)})"
                 )
             yield reader.line_num, json.dumps(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        raise UnreadableFile(
+        raise MalformedFile(
             f"data.path: {file}, line {reader.line_num}: not a table: {error}"
         ) from error

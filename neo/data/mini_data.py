@@ -1,5 +1,7 @@
 """The mini-lab's rows as the data of a run."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,13 @@ class MiniData(Data):
         if not self.num_val_rows:
             return None
         return mini_rows("val", self.num_val_rows, seed=self.rows_seed)
+
+    def identity(self) -> dict[str, str]:
+        """The hash of the rows to train on and to validate on."""
+        digest = hashlib.sha256()
+        for rows in (self.rows(), self.val_rows() or []):
+            digest.update(json.dumps(rows).encode())
+        return {"hash": digest.hexdigest()[:16]}
 
     def test_rows(self) -> list[dict[str, Any]]:
         """The test rows, the same for every noise."""

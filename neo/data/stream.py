@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import load_dataset
+from huggingface_hub import HfApi
 
 from neo.data.datamodule import Data
-from neo.data.files import read_files
+from neo.data.files import content_hash, read_files
 from neo.data.order import RowTable
 
 
@@ -28,6 +29,10 @@ class FileData(Data):
         if not len(rows):
             raise ValueError(f"data.path={self.path!r}: there are no rows in it")
         return rows
+
+    def identity(self) -> dict[str, str]:
+        """The hash of the files' content."""
+        return {"hash": content_hash(self.path)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,14 @@ class HubData(Data):
     def rows(self) -> "HubRows":
         """The rows in the order of the data set."""
         return HubRows(self)
+
+    def identity(self) -> dict[str, str]:
+        """The hub's commit; where the hub cannot be asked, the revision as it was given."""
+        try:
+            commit = HfApi().dataset_info(self.path, revision=self.revision).sha
+        except Exception:  # whatever a network may do; the rows themselves came from there
+            commit = None
+        return {"revision": str(commit or self.revision or "main")}
 
 
 class HubRows:

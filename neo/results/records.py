@@ -14,10 +14,15 @@ from typing import Any
 
 from neo.results.metrics import metric_info
 
-SCHEMA_VERSION = 1
-STATUSES = ("ok", "failed", "oom", "diverged", "interrupted")
+SCHEMA_VERSION = 2
+# Version 1 had no status "pruned" and knew its data by path and number of rows alone.
+READABLE = (1, 2)
+STATUSES = ("ok", "failed", "oom", "diverged", "interrupted", "pruned")
 ROW_COUNTS = ("read", "used", "truncated", "bad")
-PACKAGES = ("llm-neo", "torch", "lightning", "transformers", "peft", "datasets", "hydra-core")
+PACKAGES = (
+    "llm-neo", "torch", "lightning", "transformers", "peft", "datasets", "hydra-core", "tokenizers",
+    "safetensors", "numpy", "torchao", "bitsandbytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,7 @@ class RunRecord:
         run_id: Names the run; equal configs have equal ids.
         experiment_name: The folder under `experiments/` that the run belongs to.
         status: One of `STATUSES`; everything but "ok" is a run whose numbers are not final.
+            "pruned": a search stopped it, because others are better.
         choices: Config group to chosen file, such as {"method": "neo"}.
         overrides: As typed on the command line.
         config: Resolved, plain JSON types only.
@@ -46,8 +52,9 @@ class RunRecord:
         versions: Package to version.
         device: Such as "cpu: AMD EPYC 7763, 2 cores".
         models: Role ("student", "teacher") to {"path", and a "revision" or content "hash"}.
-        data: {"path", "fingerprint"}.
-        argv: The command, as `command_line` gives it.
+        data: {"path", "num_rows", "schema", and a content "hash" or the hub's "revision"}.
+        argv: The command that makes this run, be it of a sweep or not.
+        schema_version: Of the record that was read; one that is made has the newest.
     """
 
     run_id: str
@@ -76,8 +83,8 @@ class RunRecord:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version: {self.schema_version}, legal: {SCHEMA_VERSION}")
+        if self.schema_version not in READABLE:
+            raise ValueError(f"schema_version: {self.schema_version}, legal: {_spelt_versions()}")
         if self.status not in STATUSES:
             raise ValueError(f"status: {self.status!r}, legal: {', '.join(STATUSES)}")
         for name, number in self.metrics.items():
@@ -120,10 +127,10 @@ class RunRecord:
             raise ValueError(f"a record is a JSON object, not {type(known).__name__}")
         if "schema_version" not in known:
             raise ValueError("key 'schema_version' is missing")
-        if known["schema_version"] != SCHEMA_VERSION:
+        if known["schema_version"] not in READABLE:
             raise ValueError(
                 f"key 'schema_version' is {known['schema_version']!r}; this version of neo reads "
-                f"{SCHEMA_VERSION}"
+                f"{_spelt_versions()}"
             )
         for name in _REQUIRED:
             if name not in known:
@@ -147,6 +154,10 @@ _CONTAINERS: dict[str, type] = {
     **dict.fromkeys(("overrides", "argv"), list),
 }
 _TEXTS = ("run_id", "experiment_name", "status", "started_at", "error", "commit", "device")
+
+
+def _spelt_versions() -> str:
+    return ", ".join(map(str, READABLE))
 
 
 def finite(numbers: Mapping[str, float | int]) -> dict[str, float | int]:

@@ -57,6 +57,8 @@ def run_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[st
     for key, lowest in least.items():
         if config[key] < lowest:
             yield f"{key}={config[key]}: must be at least {lowest}"
+    if config["retry"] not in (None, "failed"):
+        yield f"retry={config['retry']!r}: must be null, or failed to run failed runs again"
     name = config["experiment_name"]
     if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", name) or any(
         not part.strip(".") for part in name.split("/")

@@ -126,16 +126,27 @@ def _first(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]
 
 
 def _reason(failure: ProcessFailure) -> str:
-    if failure.exitcode < 0:
-        number = -failure.exitcode
-        name = signal.Signals(number).name if number in list(signal.Signals) else str(number)
-        memory = "; often by the system, for want of memory" if number == signal.SIGKILL else ""
-        return f"killed by {name}{memory}"
     message = failure.message
     if isinstance(message, Mapping):
         message = message.get("message", "")
     text = str(message).strip().splitlines()
-    return text[0] if text and failure.error_file != "<N/A>" else f"exit status {failure.exitcode}"
+    said = failure.exitcode >= 0 and text and failure.error_file != "<N/A>"
+    return text[0] if said else ended_with(failure.exitcode)
+
+
+def ended_with(exit_code: int) -> str:
+    """How a process ended that says no more of itself.
+
+    Example:
+        >>> ended_with(3), ended_with(-15)
+        ('exit status 3', 'killed by SIGTERM')
+    """
+    if exit_code >= 0:
+        return f"exit status {exit_code}"
+    number = -exit_code
+    name = signal.Signals(number).name if number in list(signal.Signals) else str(number)
+    memory = "; often by the system, for want of memory" if number == signal.SIGKILL else ""
+    return f"killed by {name}{memory}"
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from torch import nn
 
 from neo.config import ConfigError
 from neo.data.datamodule import DataModule, peek
+from neo.data.files import MalformedFile
+from neo.data.loader import TooManyBadRows
 from neo.models.causal_lm import CausalLM
 from neo.models.head import head_of
 from neo.models.student import build_meta_student, inner, trained_parameters
@@ -15,6 +17,19 @@ from neo.models.tokenizers import num_token_ids, tokenizer_differences
 from neo.models.variants import Variant
 from neo.teachers.online import OnlineTeacher
 from neo.training.optim import AdamW
+
+
+class CannotRun(ConfigError):
+    """A config that is right, for which rows or memory are not; a sweep records it and goes on.
+
+    Args:
+        problems: Every one of them.
+        status: That of the record.
+    """
+
+    def __init__(self, problems: list[str], status: str = "failed") -> None:
+        super().__init__(problems)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -44,9 +59,10 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
     """The models met and the rows opened, before a weight is read.
 
     Raises:
-        ConfigError: With the problems of both.
+        ConfigError: With the problems of both; a `CannotRun` where only the rows are to blame.
     """
     problems: list[str] = []
+    refused: type[ConfigError] = ConfigError
     student, max_length = specs["student"], specs["data"].max_length
     try:
         meeting = meet(student, specs["teacher"], specs["lora"], max_length)
@@ -59,6 +75,9 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
             tokenizer = student.tokenizer()
     try:
         data = _open_data(specs["data"], tokenizer, config)
+    except (MalformedFile, TooManyBadRows) as error:
+        refused = ConfigError if problems else CannotRun
+        problems += str(error).splitlines()
     except ValueError as error:
         problems += error.problems if isinstance(error, ConfigError) else str(error).splitlines()
     else:
@@ -68,7 +87,7 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
                 "and there are no rows to validate on; use 0, or hold rows out (data.val_share)"
             )
     if problems:
-        raise ConfigError(problems)
+        raise refused(problems)
     assert data is not None  # there is a tokenizer where the models have met
     return meeting, data
 

@@ -13,7 +13,7 @@ from neo.data.datamodule import DataModule, peek
 from neo.data.packing import Batch
 from neo.losses.fused import CHUNK_GIB
 from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
-from neo.training.meet import meet, meet_all
+from neo.training.meet import CannotRun, meet, meet_all
 from neo.training.plan_table import short
 from neo.training.step_cost import Workload
 
@@ -110,7 +110,8 @@ def planned_or_refused(
     """The plan of a run that fits, or why there is none.
 
     Raises:
-        ConfigError: It does not fit `trainer.device_memory_gib`, or cannot be compared with it.
+        CannotRun: It does not fit `trainer.device_memory_gib`.
+        ConfigError: It cannot be compared with it.
     """
     trainer = config["trainer"]
     asked = trainer.get("device_memory_gib")
@@ -125,7 +126,7 @@ def planned_or_refused(
         return f"not planned: {error}"
     if asked is not None and plan.gib > asked:
         changes = single_changes(specs, trainer, workload, plan.placement, asked)
-        raise ConfigError([too_large(plan, asked, changes)])
+        raise CannotRun([too_large(plan, asked, changes)], "oom")
     return plan
 
 

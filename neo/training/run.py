@@ -33,6 +33,7 @@ from neo.training.checkpoint_callback import Checkpoints
 from neo.training.checkpoints import newest_good, remove_checkpoints
 from neo.training.ending import OutputError, ended_by, write_student
 from neo.training.exact_match import exact_match
+from neo.training.job import command_of_job, hydra_choices
 from neo.training.launch import ProcessesFailed, is_first_process, run_processes
 from neo.training.loggers import MetricsFile, finish
 from neo.training.meet import Meeting
@@ -109,6 +110,7 @@ class Run:
         self.began = time.perf_counter()
         self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
         if is_first_process():
+            self.data_identity = self.data.data.identity()
             self.folder.mkdir(parents=True, exist_ok=True)
             # whole or not at all: other processes may be reading it
             content = OmegaConf.to_yaml(OmegaConf.create(self.config))
@@ -176,8 +178,9 @@ class Run:
                 "path": self.config["data"].get("path", "mini"),
                 "num_rows": self.data.num_rows,
                 "schema": self.data.schema,
+                **self.data_identity,
             },
-            argv=["neo-train", *(argument.removeprefix("++") for argument in sys.argv[1:])],
+            argv=command_of_job(),
             **provenance(torch.cuda.get_device_name() if gpu else None),
         )
         unwritten = None
@@ -289,12 +292,3 @@ def _row_counts(report: RowReport) -> dict[str, Any]:
         "truncated": report.truncated,
         "bad": dict(report.bad),
     }
-
-
-def hydra_choices() -> tuple[dict[str, str], list[str]]:
-    """Group choices and overrides as typed; empty where Hydra's main did not compose the config."""
-    if not HydraConfig.initialized():
-        return {}, []
-    hydra_config = HydraConfig.get()
-    choices = {k: str(v) for k, v in hydra_config.runtime.choices.items() if "/" not in k}
-    return choices, [override.removeprefix("++") for override in hydra_config.overrides.task]

@@ -134,10 +134,10 @@ class StopSignals(L.Callback):
 def requeue(stopped_by: Interrupted, say: Callable[[str], None]) -> None:
     """Puts a job that SLURM warned back into its queue; nothing for other signals or elsewhere.
 
-    It is the last thing a run does, since SLURM then ends it.
+    It is the last thing a run does, since SLURM then ends it. Submitit does it for its own jobs.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if stopped_by.signum != signal.SIGUSR1 or job is None:
+    if stopped_by.signum != signal.SIGUSR1 or job is None or "SUBMITIT_EXECUTOR" in os.environ:
         return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)

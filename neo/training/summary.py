@@ -93,7 +93,7 @@ def print_result(console: Console, record: RunRecord, folder: Path) -> None:
         f"{rows.get('read', 0):,} read, {rows.get('truncated', 0):,} truncated, unusable: {bad}",
     )
     table.add_row("time", f"{record.seconds or 0:,.1f} s")
-    table.add_row("outputs", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    table.add_row("outputs", f"{folder}: {', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
     console.print(table)
 
 

@@ -1,0 +1,151 @@
+"""A sweep: checks all its jobs, has Hydra's launcher run them, shares them with other sweeps.
+
+Whatever the launcher (one after another, joblib, submitit), what is kept of a job is its record. So
+a sweep is started again to go on, and started twice to go faster.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from neo.results.records import RunRecord, write_record
+from neo.training.apart import BUSY, DONE, FAILED, Outcome, start_server
+from neo.training.command_line import console
+from neo.training.run_folder import RunIsBusy, is_busy, lock_run, recorded_run
+from neo.training.sweep_check import Job, check_jobs
+from neo.training.sweep_summary import print_summary
+
+POLL_S = 2.0
+
+
+class SweepFailed(RuntimeError):
+    """Some of the jobs have no numbers; their records say why."""
+
+
+class Sweep(Sweeper):
+    """Every combination of what is swept, once.
+
+    Args:
+        params: Key to the values it takes, in Hydra's grammar, as on the command line.
+    """
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+        self.launcher: Launcher | None = None
+        self._num_launched = 0
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Called by Hydra before `sweep`."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        start_server()
+
+    def sweep(self, arguments: list[str]) -> list[RunRecord | None]:
+        """Runs what `params` and the command line's arguments span, and returns the records.
+
+        Raises:
+            ConfigError: Some jobs cannot run; none was started.
+            SweepFailed: Some jobs have failed.
+        """
+        assert self.hydra_context is not None
+        # not before Hydra has looked for plugins, which makes the class anew
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        swept = [f"{key}={values}" for key, values in self.params.items()]
+        overrides = parser.parse_overrides([*swept, *arguments])
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        return self.finish(self.run_jobs(jobs))
+
+    def finish(self, records: list[RunRecord | None]) -> list[RunRecord | None]:
+        """The records of the whole sweep.
+
+        Raises:
+            SweepFailed: Some jobs have failed.
+        """
+        if num := sum(r is not None and r.status in (*FAILED, "interrupted") for r in records):
+            raise SweepFailed(
+                f"{num} of {len(records)} runs have failed; retry=failed runs them again"
+            )
+        return records
+
+    def run_jobs(self, jobs: Sequence[Sequence[str]]) -> list[RunRecord | None]:
+        """The record of each job, which is run unless it is recorded; None for dry runs.
+
+        All are checked before the first starts. A run that another sweep trains is waited for, and
+        taken over should that one die.
+
+        Args:
+            jobs: The overrides of each.
+
+        Raises:
+            ConfigError: Some jobs cannot run; none was started.
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        checked = check_jobs(self.hydra_context, self.config, jobs)
+        if checked[0].config["dry_run"]:
+            self._launch(checked)
+            return [None] * len(checked)
+        runs = list({job.identity: job for job in checked}.values())
+        before = {job.identity: _to_begin_with(job) for job in runs}
+        known = sum(r is not None and r.status in DONE for r in before.values())
+        console.print(
+            f"sweep {runs[0].config['experiment_name']}: {len(runs)} runs"
+            + f", of which {known} are recorded" * (known > 0)
+            + f" ({len(checked) - len(runs)} jobs ask for a run once more)"
+            * (len(runs) < len(checked))
+        )
+        waiting = [job for job in runs if job.config["rerun"] or not _done(before[job.identity])]
+        while waiting:
+            free = [job for job in waiting if not is_busy(job.folder)]
+            if not free:
+                time.sleep(POLL_S)
+            outcomes = dict(zip(free, self._launch(free), strict=True)) if free else {}
+            waiting = [
+                job
+                for job in waiting
+                if outcomes.get(job, Outcome(BUSY)).status == BUSY
+                and not _done(recorded_run(job.folder, job.identity))
+            ]
+        records = {job.identity: recorded_run(job.folder, job.identity) for job in runs}
+        print_summary(console, runs, records, before)
+        return [records[job.identity] for job in checked]
+
+    def _launch(self, jobs: Sequence[Job]) -> list[Outcome]:
+        assert self.launcher is not None
+        returned = self.launcher.launch(
+            [job.overrides for job in jobs], initial_job_idx=self._num_launched
+        )
+        self._num_launched += len(jobs)
+        return [job_return.return_value for job_return in returned]
+
+
+def _done(record: RunRecord | None) -> bool:
+    return record is not None and record.status in DONE
+
+
+def _to_begin_with(job: Job) -> RunRecord | None:
+    """What is recorded of a job; a failed one that is to be retried counts as interrupted."""
+    record = recorded_run(job.folder, job.identity)
+    if job.config["retry"] is None or record is None or record.status not in FAILED:
+        return record
+    try:
+        with lock_run(job.folder, wait_s=0.0):
+            said = f"to be run again; it was {record.status}: {record.error}"
+            record = replace(record, status="interrupted", error=said)
+            write_record(record, job.folder)
+    except RunIsBusy:
+        pass  # another sweep runs it again already
+    return record

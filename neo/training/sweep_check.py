@@ -1,0 +1,145 @@
+"""The jobs of a sweep, all checked before the first of them starts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from neo.config import SPECS, ConfigError, build, resolve, run_id
+from neo.training.command_line import console, quiet
+from neo.training.consistency import check_config
+from neo.training.meet import CannotRun, meet_all
+from neo.training.preflight import planned_or_refused
+from neo.training.run_folder import folder_of, recorded_run
+
+# Whether models, rows and memory go together does not depend on these.
+FREE = ("seed", "run_dir", "experiment_name", "logger", "rerun", "retry", "prune", "eval_split")
+FREE_OF_OPTIM = ("lr", "base_lr", "weight_decay", "warmup_ratio")
+SHOWN = 3  # jobs that are named with a problem
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One job: what it is composed of, and where its run lies."""
+
+    overrides: list[str]
+    config: dict[str, Any]
+    identity: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The overrides as typed."""
+        return _spelt(self.overrides)
+
+
+def check_jobs(
+    context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[str]]
+) -> list[Job]:
+    """The jobs, composed, and checked as far as that can be before one runs.
+
+    What a job cannot do though its config is right (its rows are malformed, it does not fit the
+    memory) is told here and left to the job, whose record will say it.
+
+    Raises:
+        ConfigError: With all problems of all jobs.
+    """
+    quiet()
+    problems: dict[str, list[str]] = {}  # of what jobs
+    groups: dict[str, list[Job]] = {}  # of jobs that meet the same models, rows and memory
+    found = []
+    for overrides in jobs:
+        name = _spelt(overrides)
+        try:
+            job = _compose(context, master, list(overrides))
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(name)
+            continue
+        found.append(job)
+        groups.setdefault(_what_meets(job.config), []).append(job)
+    for problem, names in _shared_folders(found).items():
+        problems[problem] = names
+    cannot: dict[str, list[str]] = {}
+    for group in groups.values():
+        names = [job.name for job in group]
+        try:
+            _meet(group[0].config)
+        except CannotRun as error:
+            cannot.setdefault(" ".join(error.problems), []).extend(names)
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).extend(names)
+    if problems:
+        whole = {problem: len(names) == len(jobs) for problem, names in problems.items()}
+        raise ConfigError(
+            [p if whole[p] else f"{p} (of {_named(names)})" for p, names in problems.items()]
+        )
+    for reason, names in cannot.items():
+        console.print(f"cannot run, which its record will say: {_named(names)}: {reason}")
+    return found
+
+
+def _compose(context: HydraContext, master: DictConfig, overrides: list[str]) -> Job:
+    composed = context.config_loader.load_sweep_config(master, overrides)
+    launcher = str(composed.hydra.runtime.choices.get("hydra/launcher"))
+    elsewhere = "slurm" in launcher  # the machine that trains is another one
+    with open_dict(composed):
+        del composed["hydra"]
+    raw = OmegaConf.to_container(composed)
+    precision = str(raw["trainer"].get("precision")) if isinstance(raw, dict) else ""
+    if elsewhere and "auto_precision" in precision:
+        raise ConfigError(
+            [
+                "trainer.precision: follows from the device, and the device is on another machine; "
+                "set it, such as trainer.precision=bf16-mixed or 32-true"
+            ]
+        )
+    config = resolve(composed)
+    check_config(config, here=not elsewhere)
+    identity = run_id(config)
+    folder = folder_of(config, identity)
+    recorded_run(folder, identity)
+    return Job(overrides, config, identity, folder)
+
+
+def _what_meets(config: Mapping[str, Any]) -> str:
+    """Names what models, rows and memory depend on: runs of a sweep often differ in less."""
+    kept = {key: value for key, value in config.items() if key not in FREE}
+    kept["optim"] = {k: v for k, v in config["optim"].items() if k not in FREE_OF_OPTIM}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _meet(config: dict[str, Any]) -> None:
+    specs = {key: build(config[key]) for key in SPECS}
+    if specs["teacher"].path is None:
+        specs["teacher"] = None
+    meeting, data = meet_all(config, specs)
+    planned_or_refused(config, specs, meeting.vocab, data)
+
+
+def _shared_folders(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """Folders that different runs would write into, and the jobs that do."""
+    runs: dict[Path, dict[str, Job]] = {}
+    for job in jobs:
+        runs.setdefault(job.folder, {})[job.identity] = job
+    return {
+        f"run_dir={str(folder)!r}: is one folder for {len(own)} runs; use null": [
+            job.name for job in own.values()
+        ]
+        for folder, own in runs.items()
+        if len(own) > 1
+    }
+
+
+def _spelt(overrides: Sequence[str]) -> str:
+    return " ".join(override.removeprefix("++") for override in overrides)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "; ".join(names[:SHOWN]) + more
