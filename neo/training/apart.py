@@ -4,6 +4,7 @@ The process is forked from a small server that has imported neo and done nothing
 begins at once and holds nothing of the jobs before it: no memory, no CUDA context, no random state.
 """
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -20,11 +21,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from neo.config import register, resolve, run_id
 from neo.results.records import RunRecord, provenance, write_record
-from neo.training.command_line import explain, leave
+from neo.training.command_line import console, explain, leave
+from neo.training.device_locks import devices_of_its_own
 from neo.training.job import command_of_job, hydra_choices
 from neo.training.launch import SENT_ON, ended_with
 from neo.training.run_folder import RunIsBusy, folder_of, lock_run, recorded_run
@@ -69,22 +71,40 @@ def run_apart(train: Train, composed: DictConfig) -> Outcome:
     before = recorded_run(folder, identity)
     if before is not None and before.status in DONE and not config["rerun"]:
         return Outcome(before.status, before.error)  # another sweep was here
-    hears, tells = multiprocessing.Pipe(duplex=False)
-    state = (composed, HydraConfig.instance().cfg, dict(os.environ))
-    process = _server().Process(target=_run_here, args=(train, *state, tells))  # type: ignore[attr-defined]
-    with _signals_sent_on(process):
-        process.start()
-        tells.close()
-        word = _last_word(process, hears)
+    with devices_of_its_own(config, console.print) as devices:
+        word, exit_code = _run(train, composed, os.environ | devices)
     if word is not None and word.status == BUSY:
         return word
     record = recorded_run(folder, identity)
     if record is not None and record != before:
         return Outcome(record.status, record.error)
-    ended = word or Outcome("failed", ended_with(process.exitcode or 0))
+    stopped = -exit_code in SENT_ON
+    ended = word or Outcome("interrupted" if stopped else "failed", ended_with(exit_code))
     if record is not None and record.status == "ok":
         return ended  # it was to be run once more and was not; what it has stands
     return ended if _recorded(config, folder, ended) else Outcome(BUSY)
+
+
+def _run(
+    train: Train, composed: DictConfig, environ: Mapping[str, str]
+) -> tuple[Outcome | None, int]:
+    """What the job's process said at its end, if anything, and its exit code."""
+    hears, tells = multiprocessing.Pipe(duplex=False)
+    arguments = (train, composed, _hydra_of_job(), environ, tells)
+    process = _server().Process(target=_run_here, args=arguments)  # type: ignore[attr-defined]
+    with _signals_sent_on(process):
+        process.start()
+        tells.close()
+        word = _last_word(process, hears)
+    return word, process.exitcode or 0
+
+
+def _hydra_of_job() -> Any:
+    """What Hydra has set up for the job, but for what sweeps it, whose classes plugins redefine."""
+    whole: Any = copy.deepcopy(HydraConfig.instance().cfg)
+    OmegaConf.set_readonly(whole.hydra, False)
+    whole.hydra.launcher = whole.hydra.sweeper = None
+    return whole
 
 
 def _recorded(config: dict[str, Any], folder: Path, ended: Outcome) -> bool:
@@ -123,6 +143,9 @@ def start_server() -> None:
 def _server() -> multiprocessing.context.BaseContext:
     """Forks from a clean process where the system can, starts anew where it cannot."""
     methods = multiprocessing.get_all_start_methods()
+    if multiprocessing.get_start_method() not in methods:
+        # joblib's workers have one of their own, which their children would look for in vain
+        multiprocessing.set_start_method(methods[0], force=True)
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(["neo.train"])
     return context
@@ -177,8 +200,9 @@ def _signals_sent_on(process: BaseProcess) -> Generator[None, None, None]:
 
     def note(number: int, _: Any) -> None:
         received.append(number)
-        if number != signal.SIGINT and process.pid is not None and process.is_alive():
-            os.kill(process.pid, number)  # an interrupt of the terminal reaches all by itself
+        if number != signal.SIGINT and process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)  # an interrupt of the terminal reaches all by itself
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 # Set in the processes of `run_processes`, for which another has spoken already.
 LAUNCHED = "NEO_LAUNCHED"
 # Sent on to the processes, which save a checkpoint and leave.
-SENT_ON = (signal.SIGTERM, signal.SIGUSR1)
+SENT_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # How long processes that wait for a dead one are given to end by themselves.
 SHUTDOWN_S = 15
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neo.training.checkpoint_callback import Checkpoints
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # A signal that reaches a process twice at once, from SLURM and from torchrun, is one.
 SAME_S = 3.0
 
@@ -32,7 +32,9 @@ class Interrupted(SystemExit):
 
 
 class StopSignals(L.Callback):
-    """Stops a run at SIGTERM or SIGUSR1 (SLURM's warning), all processes at the same step.
+    """Stops a run at SIGTERM, SIGUSR1 (SLURM's warning) or SIGUSR2 (submitit's), in all processes.
+
+    They stop at the same step.
 
     While it trains, the signal is only noted. Between two optimizer steps the processes tell each
     other (one number per step, beside the ones they exchange anyway; alone nothing), write a
