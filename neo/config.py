@@ -33,8 +33,7 @@ HOMES = {
     "trainer": "lightning.pytorch.trainer.",
     "logger": "neo.training.loggers.",
 }
-# A config may name nothing else as `_target_`. What a name resolves to is checked as well, so that
-# `neo.data.files.load_dataset` does not pass for one of ours.
+# A config may name nothing else as `_target_`, nor a name that one of these has only imported.
 TARGETS = (*HOMES.values(), "neo.losses.divergences.")
 SPECS = ("student", "teacher", "lora", "loss", "data", "optim")
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
@@ -42,7 +41,7 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Keys that say where and how loudly a run ran; a run on another device is the same run.
 WHERE_IT_RAN = (
     "logger", "run_dir", "experiment_name", "dry_run", "rerun", "retry", "keep_last", "keep_best",
-    "prune",  # whether a search may stop it
+    "prune", "distinct",
     "max_skipped_steps",  # a run it does not end is the same run
     "sharding", "torch_compile", "teacher.device", "teacher.offload",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
@@ -91,6 +90,7 @@ class RunConfig:
     rerun: bool = False
     retry: str | None = None
     prune: Any = None
+    distinct: list[str] | None = None
 
 
 def conf_dir() -> Path:
@@ -155,12 +155,14 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 def run_id(config: Mapping[str, Any]) -> str:
     """Eight hex digits that name a resolved config, whatever device it runs on.
 
+    Keys that `distinct` names count all the same.
+
     Example:
         >>> run_id({"seed": 0, "logger": "wandb"}) == run_id({"seed": 0, "logger": "csv"})
         True
     """
     kept = json.loads(json.dumps(config))
-    for path in WHERE_IT_RAN:
+    for path in set(WHERE_IT_RAN) - set(kept.get("distinct") or ()):
         *parents, key = path.split(".")
         node = kept
         for parent in parents:

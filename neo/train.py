@@ -11,7 +11,6 @@ from typing import Any
 
 import hydra
 import lightning as L
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -60,7 +59,6 @@ FAILED = (
     OutOfMemory,
     OutputError,
     RunIsBusy,
-    SweepFailed,
 )
 
 
@@ -75,10 +73,10 @@ def main() -> None:
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     try:
         entry(_job)()
-    except REFUSED as error:  # before the job began, or by a job of a sweep
+    except SweepFailed as error:
+        leave(error, 1)
+    except (*REFUSED, *FAILED) as error:  # before the job began
         leave(error, 2)
-    except FAILED as error:
-        leave(error, 1 if HydraConfig.initialized() else 2)
     except Exception as error:
         tell_launcher(error)
         raise

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neo.config import SPECS, ConfigError, group_problems
+from neo.config import SPECS, WHERE_IT_RAN, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
 from neo.teachers.device import device_problems
 from neo.training.devices import num_processes, on_gpu
@@ -59,6 +59,8 @@ def run_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[st
             yield f"{key}={config[key]}: must be at least {lowest}"
     if config["retry"] not in (None, "failed"):
         yield f"retry={config['retry']!r}: must be null, or failed to run failed runs again"
+    if unknown := sorted(set(config["distinct"] or ()) - set(WHERE_IT_RAN)):
+        yield f"distinct: {', '.join(unknown)}: must be of {', '.join(WHERE_IT_RAN)}"
     name = config["experiment_name"]
     if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", name) or any(
         not part.strip(".") for part in name.split("/")

@@ -112,18 +112,21 @@ class Sweep(Sweeper):
             free = [job for job in waiting if not is_busy(job.folder)]
             if not free:
                 time.sleep(POLL_S)
-            outcomes = dict(zip(free, self._launch(free), strict=True)) if free else {}
+            outcomes = self._launch(free) if free else []
+            ended = {
+                job for job, outcome in zip(free, outcomes, strict=True) if outcome != Outcome(BUSY)
+            }
             waiting = [
                 job
                 for job in waiting
-                if outcomes.get(job, Outcome(BUSY)).status == BUSY
-                and not _done(recorded_run(job.folder, job.identity))
+                if job not in ended and not _done(recorded_run(job.folder, job.identity))
             ]
         records = {job.identity: recorded_run(job.folder, job.identity) for job in runs}
         print_summary(console, runs, records, before)
         return [records[job.identity] for job in checked]
 
-    def _launch(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def _launch(self, jobs: Sequence[Job]) -> list[Outcome | None]:
+        """What became of each job, in order; nothing is to be said of a dry run."""
         assert self.launcher is not None
         returned = self.launcher.launch(
             [job.overrides for job in jobs], initial_job_idx=self._num_launched

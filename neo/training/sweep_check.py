@@ -19,22 +19,31 @@ from neo.training.run_folder import folder_of, recorded_run
 # Whether models, rows and memory go together does not depend on these.
 FREE = ("seed", "run_dir", "experiment_name", "logger", "rerun", "retry", "prune", "eval_split")
 FREE_OF_OPTIM = ("lr", "base_lr", "weight_decay", "warmup_ratio")
+# Where a run runs does not make it another run, unless that is what a sweep compares.
+PLACES = (
+    "sharding", "torch_compile", "teacher.device", "teacher.offload",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+)  # fmt: skip
 SHOWN = 3  # jobs that are named with a problem
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One job: what it is composed of, and where its run lies."""
+    """One job: what it is composed of, and where its run lies.
 
+    Args:
+        name: Of its overrides those that the other jobs of the sweep lack.
+        overrides: All of them.
+        config: Resolved.
+        identity: Of the run.
+        folder: Of the run.
+    """
+
+    name: str
     overrides: list[str]
     config: dict[str, Any]
     identity: str
     folder: Path
-
-    @property
-    def name(self) -> str:
-        """The overrides as typed."""
-        return _spelt(self.overrides)
 
 
 def check_jobs(
@@ -52,15 +61,27 @@ def check_jobs(
     problems: dict[str, list[str]] = {}  # of what jobs
     groups: dict[str, list[Job]] = {}  # of jobs that meet the same models, rows and memory
     found = []
+    shared = set.intersection(*(set(overrides) for overrides in jobs))
     for overrides in jobs:
-        name = _spelt(overrides)
+        swept = [o.removeprefix("++") for o in overrides if o not in shared]
+        name = " ".join(swept) or "the only job"
         try:
-            job = _compose(context, master, list(overrides))
+            job = _compose(context, master, name, list(overrides))
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(name)
             continue
         found.append(job)
+    same: dict[str, list[Job]] = {}
+    for job in found:
+        same.setdefault(job.identity, []).append(job)
+    found = [
+        _compose(context, master, job.name, [*job.overrides, f"distinct=[{','.join(places)}]"])
+        if (places := _compared_places(job, same[job.identity]))
+        else job
+        for job in found
+    ]
+    for job in found:
         groups.setdefault(_what_meets(job.config), []).append(job)
     for problem, names in _shared_folders(found).items():
         problems[problem] = names
@@ -84,7 +105,7 @@ def check_jobs(
     return found
 
 
-def _compose(context: HydraContext, master: DictConfig, overrides: list[str]) -> Job:
+def _compose(context: HydraContext, master: DictConfig, name: str, overrides: list[str]) -> Job:
     composed = context.config_loader.load_sweep_config(master, overrides)
     launcher = str(composed.hydra.runtime.choices.get("hydra/launcher"))
     elsewhere = "slurm" in launcher  # the machine that trains is another one
@@ -104,7 +125,19 @@ def _compose(context: HydraContext, master: DictConfig, overrides: list[str]) ->
     identity = run_id(config)
     folder = folder_of(config, identity)
     recorded_run(folder, identity)
-    return Job(overrides, config, identity, folder)
+    return Job(name, overrides, config, identity, folder)
+
+
+def _compared_places(job: Job, same: Sequence[Job]) -> list[str]:
+    """The places in which the job differs from others that are the same run."""
+    return [p for p in PLACES if any(_at(s.config, p) != _at(job.config, p) for s in same)]
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _what_meets(config: Mapping[str, Any]) -> str:
@@ -134,10 +167,6 @@ def _shared_folders(jobs: Sequence[Job]) -> dict[str, list[str]]:
         for folder, own in runs.items()
         if len(own) > 1
     }
-
-
-def _spelt(overrides: Sequence[str]) -> str:
-    return " ".join(override.removeprefix("++") for override in overrides)
 
 
 def _named(names: Sequence[str]) -> str:
