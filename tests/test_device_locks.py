@@ -43,10 +43,8 @@ def test_a_job_waits_until_all_it_asks_for_is_free_and_holds_none_meanwhile(tmp_
 
 def test_a_killed_process_gives_its_devices_back(tmp_path):
     code = (
-        "import pathlib, time; from neo.training.device_locks import hand_out
-"
-        f"with hand_out({NAMES!r}, 3, pathlib.Path({str(tmp_path)!r}), print):
-"
+        "import pathlib, time; from neo.training.device_locks import hand_out\n"
+        f"with hand_out({NAMES!r}, 3, pathlib.Path({str(tmp_path)!r}), print):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:

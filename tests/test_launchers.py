@@ -84,7 +84,7 @@ def test_jobs_of_one_and_of_two_processes_each_have_a_group_of_their_own(
     found = {r.config["trainer"]["devices"]: r for r in records(tmp_path)}
     assert set(found) == {1, 2}
     assert all(r.status == "ok" for r in found.values())
-    assert found[2].rows["read"] == 2 * found[1].rows["read"]  # in as many steps
+    assert found[2].num_tokens > 1.5 * found[1].num_tokens  # in as many steps
 
 
 SWEEP = (
@@ -179,7 +179,6 @@ def test_a_job_of_submitit_that_is_preempted_saves_and_goes_on(student_dir, teac
         assert len(tasks) == 2
         tasks[0].send_signal(signal.SIGUSR2)  # what SLURM sends for submitit before the end
         assert process.wait(600) == 0, process.said()
-    assert [(r.status, r.num_tokens) for r in records(tmp_path, "queue")][0][0] == "ok"
     assert [r.status for r in records(tmp_path, "queue")] == ["ok", "ok"]
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/queue/.submitit/*/*log.*"))
     assert logs.count("going on from step") == 1
