@@ -33,7 +33,7 @@ def draw_heatmap(
         if len(scale.labels) > MAX_CELLS:
             raise ValueError(
                 f"figures: a heatmap over {key!r} has {len(scale.labels)} columns or rows, "
-                f"legal: at most {MAX_CELLS}; a sweep or parallel coordinates show keys with many values"
+                f"legal: at most {MAX_CELLS}; a sweep or parallel coordinates show more"
             )
     cells, failed = cells_of(runs.finished, [across, up]), cells_of(runs.failed, [across, up])
     means = means_of(cells)

@@ -82,7 +82,11 @@ def draw_parallel(
     if runs.failed:
         axes.plot([], [], color=GREY, ls="--", marker="x", lw=1.3, label=runs.not_finished)
         axes.legend(
-            loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.2, borderpad=0
+            loc="lower right",
+            bbox_to_anchor=(1, 1.03),
+            frameon=False,
+            borderaxespad=0.2,
+            borderpad=0,
         )
     return notes
 

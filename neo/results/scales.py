@@ -76,9 +76,8 @@ def key_scale(values: Sequence[Any]) -> KeyScale:
     numbers = sorted(value for value in values if is_number(value))
     if len(numbers) == len(values):
         known = list(dict.fromkeys(float(number) for number in numbers))
-        labels = [_short(number) for number in known]
-        if len(set(labels)) < len(labels):
-            labels = [repr(number) for number in known]
+        ways = [[_short(number, digits) for number in known] for digits in (3, 6, 17)]
+        labels = next(way for way in ways if len(set(way)) == len(known))
         return KeyScale(labels, known, spans_a_decade(known))
     others = [value for value in values if not is_number(value)]
     texts = list(dict.fromkeys(spell(value) for value in [*numbers, *others]))
@@ -108,7 +107,7 @@ def show_key_scale(axes: Axes, which: str, scale: KeyScale, inches: float) -> No
         low, high = low - room, high + room
     else:
         low, high = low - 0.5, high + 0.5
-    axis.set_view_interval(low, high, ignore=True)
+    axes.set(**{f"{which}lim": (low, high)})
 
 
 def thinned(labels: list[str], shares: list[float], inches: float) -> list[str]:
@@ -133,8 +132,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _short(number: float) -> str:
-    return str(int(number)) if number.is_integer() and abs(number) < 1e6 else f"{number:.3g}"
+def _short(number: float, digits: int = 3) -> str:
+    return str(int(number)) if number.is_integer() and abs(number) < 1e6 else f"{number:.{digits}g}"
 
 
 def _width(labels: Sequence[str]) -> float:
