@@ -75,9 +75,13 @@ def read_panel(node: Any, place: str) -> PanelSpec:
     """
     entries = Entries(node, place)
     x = entries.take("x", str | list, default="step")
+    x = [x] if isinstance(x, str) else x
+    for i, name in enumerate(x):
+        if not isinstance(name, str):
+            raise ValueError(f"{place}.x[{i}]: {name!r} is not a text")
     panel = PanelSpec(
         kind=entries.take("kind", str),
-        x=[x] if isinstance(x, str) else x,
+        x=x,
         y=entries.take("y", str, default=""),
         z=entries.take("z", str, default=""),
         by=entries.take("by", str, default=""),
@@ -87,9 +91,6 @@ def read_panel(node: Any, place: str) -> PanelSpec:
     entries.finish()
     if panel.kind not in PANEL_KINDS:
         raise ValueError(f"{place}.kind: {panel.kind!r}, legal: {', '.join(PANEL_KINDS)}")
-    for i, name in enumerate(panel.x):
-        if not isinstance(name, str):
-            raise ValueError(f"{place}.x[{i}]: {name!r} is not a text")
     if panel.name and not re.fullmatch(r"[\w-]+", panel.name, re.ASCII):
         raise ValueError(f"{place}.name: {panel.name!r}, legal: letters, digits, _ and -")
     _check_shape(panel, place, x_given=isinstance(node, dict) and "x" in node)

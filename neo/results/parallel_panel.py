@@ -62,7 +62,8 @@ def draw_parallel(
             notes.append(f"thick: the best run, {text} ({values}, seed {best.run.seed})")
         colour_bar(axes, shown, info, unit_text)
         if beyond := shown.num_below + shown.num_above:
-            notes.append(f"{beyond} runs lie beyond the end of the last axis and are drawn at it")
+            number_of_runs = "1 run lies" if beyond == 1 else f"{beyond} runs lie"
+            notes.append(f"{number_of_runs} beyond the last axis and end at its edge")
     for x, scale in enumerate(scales):
         _write_values(axes, x, scale)
     room = INCHES / (last + 1)

@@ -97,8 +97,9 @@ def draw_sweep(
         _legend(axes, by_label, inches)
     if any(len(members) > 1 for members in cells.values()):
         notes.append("bars: one standard deviation")
-    if shown.num_below + shown.num_above:
-        notes.append("▲ ▼: so many runs lie beyond the edge")
+    signs = "▲" * bool(shown.num_above) + "▼" * bool(shown.num_below)
+    if signs:
+        notes.append(f"{signs}: so many runs lie beyond the edge")
     if runs.failed:
         notes.append(f"✕ {runs.not_finished}")
     return notes + averages(cells, keys)
