@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from neo.results.scales import INCHES_PER_CHARACTER, key_scale, show_key_scale, thinned
 
 NUMBERS = st.lists(
-    st.integers(-5, 70) | st.floats(1e-7, 1e3) | st.floats(-10, 10), min_size=1, max_size=12
+    st.integers(-5, 70) | st.floats(1e-7, 1e3) | st.floats(-10, 10).map(lambda x: round(x, 6)),
+    min_size=1,
+    max_size=12,
 )
 
 

@@ -68,6 +68,8 @@ def test_the_colour_bar_has_the_panels_range_and_an_arrow_for_what_lies_beyond()
     shown = number_scale([*USUAL, 9.0], "lower")
     colour_bar(figure.subplots(), shown, metric_info("val/kd"), "val kd")
     bar = figure.axes[1]
+    triangles = [patch for patch in bar.patches if len(patch.get_path().vertices) <= 4]
+    assert len(triangles) == 1
     assert bar.get_ylim() == (0.36, 0.39)
     assert bar.get_ylabel() == "val kd"
     assert math.isclose(shown.norm().vmax, 0.39)
