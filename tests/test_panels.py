@@ -4,16 +4,8 @@ import pytest
 from example_runs import example_run
 from matplotlib.figure import Figure
 
-from neo.results.panels import (
-    COLOURS,
-    draw_bars,
-    draw_curves,
-    draw_scatter,
-    draw_seeds,
-    expand,
-    read_curve,
-    row_curves,
-)
+from neo.results.looks import COLOURS
+from neo.results.panels import draw_bars, draw_scatter, draw_seeds, expand
 from neo.results.summary import TableRow
 from neo.results.table_spec import RowSpec
 
@@ -68,35 +60,9 @@ def test_a_star_stands_for_every_recorded_kind_and_for_nothing_else():
     assert expand([TASK, f"{TASK}/*"], rows) == [TASK, f"{TASK}/a", f"{TASK}/b"]
 
 
-def test_a_curve_holds_the_logged_steps_only(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("epoch,step,val/kd\n0,1,\n0,2,0.5\n0,3,nan\n0,4,0.25\n")
-    assert read_curve(path, "val/kd") == [(2.0, 0.5), (4.0, 0.25)]
-    assert read_curve(path, "val/ce") == []
-
-
-def test_a_log_with_a_word_for_a_number_is_refused_naming_file_and_column(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("step,val/kd\n1,low\n")
-    with pytest.raises(ValueError, match=r"metrics\.csv: column 'val/kd'.*low"):
-        read_curve(path, "val/kd")
-
-
-def test_curves_show_the_mean_over_seeds_where_all_seeds_have_a_value(axes, tmp_path):
-    logs = {}
-    for run_id, lines in {"neo0": "1,1.0\n2,2.0\n3,9.0", "neo1": "1,3.0\n2,4.0"}.items():
-        logs[run_id] = tmp_path / run_id
-        logs[run_id].write_text(f"step,val/kd\n{lines}\n")
-    neo = row("neo", {}, {})
-    assert len(row_curves(neo, "val/kd", logs)) == 2
-    draw_curves(axes, "val/kd", [neo], STYLES, logs)
-    (line,) = axes.get_lines()
-    assert line.get_xydata().tolist() == [[1.0, 2.0], [2.0, 3.0]]
-
-
 def test_a_scatter_point_stands_at_both_means(axes):
     rows = [row("neo", {TASK: 0.25}, {TASK: 0.75}, seconds=10.0), row("sft", {}, seconds=1.0)]
-    draw_scatter(axes, "seconds", TASK, rows, STYLES)
+    draw_scatter(axes, "seconds", TASK, rows, {"neo": COLOURS[0], "sft": COLOURS[1]})
     points = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
     assert points == [[[10.0, 50.0]]]
 

@@ -1,42 +1,18 @@
-"""The panels of a figure: bars, curves, scatter and seeds, drawn per row of the table."""
+"""The panels drawn per row of the table: bars, scatter and seeds."""
 
-import csv
 import fnmatch
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from neo.results.looks import COLOURS, REFERENCE_LINES
 from neo.results.metrics import quantity
 from neo.results.summary import TableRow, by_seed, summarize
 
-# Okabe and Ito's colours, told apart by colour-blind readers too (Okabe and Ito 2008); the order
-# puts a light one beside a dark one, so that neighbours differ in grey print as well.
-COLOURS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
-HATCHES = ("", "//", "..", "xx")
-REFERENCE_LINES = ("--", ":", "-.", (0, (5, 1)))
-
-Curve = list[tuple[float, float]]
 Styles = Mapping[str, tuple[str, str]]  # of a row's label: colour and hatch
-
-
-def read_curve(path: Path, name: str) -> Curve:
-    """Return the logged (step, value) pairs of `name` in a `metrics.csv`; none if it has none.
-
-    Raises:
-        ValueError: A logged cell is not a number.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        pairs = [(float(r["step"]), float(r[name])) for r in rows if r.get("step") and r.get(name)]
-    except ValueError as error:
-        raise ValueError(f"{path}: column {name!r}: {error}") from error
-    return [(step, value) for step, value in pairs if math.isfinite(value)]
 
 
 def draw_bars(
@@ -108,39 +84,12 @@ def draw_bars(
     )
 
 
-def draw_curves(
-    axes: Axes,
-    name: str,
-    own: list[TableRow],
-    styles: Styles,
-    curves: Mapping[str, Path],
-) -> None:
-    """Draw the mean over seeds per row, and one standard deviation around it."""
-    info = quantity(name)[0]
-    for row in own:
-        runs = row_curves(row, name, curves)
-        steps = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
-        if not steps:
-            continue
-        colour, _ = styles[row.spec.label]
-        mean = [info.scale * statistics.fmean(run[step] for run in runs) for step in steps]
-        axes.plot(steps, mean, color=colour, lw=2, label=row.spec.label)
-        if len(runs) > 1:
-            std = [info.scale * statistics.stdev(run[step] for run in runs) for step in steps]
-            low = [m - s for m, s in zip(mean, std, strict=True)]
-            high = [m + s for m, s in zip(mean, std, strict=True)]
-            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
-    axes.set_xlabel("optimizer step")
-    axes.grid(color="#dddddd", lw=0.8)
-    axes.legend(frameon=False)
-
-
 def draw_scatter(
     axes: Axes,
     x: str,
     y: str,
     rows: Sequence[TableRow],
-    styles: Styles,
+    colours: Mapping[str, str],
 ) -> None:
     """Draw one point per row, with the standard deviations as a cross."""
     (x_info, _), (y_info, _) = quantity(x), quantity(y)
@@ -155,7 +104,7 @@ def draw_scatter(
             yerr=y_info.scale * (up.std or 0.0),
             label=row.spec.label,
             fmt="D" if row.spec.reference else "o",
-            color="black" if row.spec.reference else styles[row.spec.label][0],
+            color="black" if row.spec.reference else colours[row.spec.label],
             ms=7,
             capsize=3,
             ls="none",
@@ -221,12 +170,6 @@ def draw_seeds(axes: Axes, name: str, rows: Sequence[TableRow], baseline: str = 
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="both", color="#dddddd", lw=0.8)
     axes.set_axisbelow(True)
-
-
-def row_curves(row: TableRow, name: str, curves: Mapping[str, Path]) -> list[dict[float, float]]:
-    """Return step to value for every run of the row that logged `name`."""
-    read = [dict(read_curve(curves[r.run_id], name)) for r in row.runs if r.run_id in curves]
-    return [curve for curve in read if curve]
 
 
 def expand(names: Sequence[str], rows: Sequence[TableRow]) -> list[str]:
