@@ -1,9 +1,14 @@
 import csv
+import json
+import os
+import subprocess
+import sys
 
 import pytest
-from fits import fit, history, power_cut
+from fits import fit, history, power_cut, settings
 from lab import compose_raw
 from wandb_files import logged, nobody_logged_in, of_kind, read_log, read_summary, segments
+from wandb_server import wandb_server
 
 import neo.training.run
 from neo.config import ConfigError, resolve
@@ -205,8 +210,6 @@ def test_wandb_sums_up_what_the_record_says(wandb_run):
 
 
 def test_wandb_keeps_the_adapter_with_what_it_is_for(wandb_run):
-    import json
-
     record, folder, log, _ = wandb_run
     (artifact,) = of_kind(log, "artifact")
     assert (artifact["name"], artifact["type"]) == (f"dora-{record.run_id}", "model")
@@ -233,34 +236,99 @@ def test_wandb_has_answers_too(sandbox, student_dir):
     assert of_kind(log, "artifact") == []  # nobody asked for it
 
 
-def test_a_run_that_was_cut_off_goes_on_as_the_same_run_of_wandb(
-    wandb_run, sandbox, student_dir, teacher_dir
-):
-    whole, _, log, found = wandb_run
+@pytest.fixture(scope="module")
+def cut_run(sandbox, student_dir, teacher_dir):
+    """The same run, cut off in its fourth step and gone on: its record, folder and two files."""
     folder = sandbox / "cut"
     with power_cut(3):
         fit(student_dir, teacher_dir, folder, *WANDB)
     (failed,) = segments(folder)
-    assert read_summary(failed)["exit_code"] == 1
-    assert read_summary(failed)["summary"]["status"] == "failed"
-    assert "the power went out" in read_summary(failed)["summary"]["error"]
-
     record = fit(student_dir, teacher_dir, folder, *WANDB)
-    assert record.run_id == whole.run_id
     first, second = segments(folder)
+    assert first == failed
+    return record, folder, first, second
+
+
+def test_a_run_that_failed_has_failed_in_wandb(cut_run):
+    found = read_summary(cut_run[2])
+    assert (found["exit_code"], found["state"]) == (1, "failed")
+    assert found["summary"]["status"] == "failed"
+    assert "the power went out" in found["summary"]["error"]
+
+
+def test_a_run_that_was_cut_off_goes_on_as_the_same_run_of_wandb(wandb_run, cut_run):
+    whole, _, log, found = wandb_run
+    record, _, first, second = cut_run
+    assert record.run_id == whole.run_id
     logs = [read_log(first), read_log(second)]
     runs = [of_kind(entries, "run")[0] for entries in logs]
     assert runs[0]["run_id"] == runs[1]["run_id"]
     # By this `wandb sync` knows that the second part is added to the first.
     assert [run.get("resume", False) for run in runs] == [False, True]
     for name in ("train/loss", "val/kd"):
-        joined = logged(logs[0], name) | logged(logs[1], name)
-        assert joined == logged(log, name)
+        assert logged(logs[0], name) | logged(logs[1], name) == logged(log, name)
         assert min(logged(logs[1], name)) > 0
     summary = read_summary(second)["summary"]
     assert summary["val/kd"] == found["summary"]["val/kd"]  # the best of before the cut, too
-    assert summary["status"] == "ok"
-    assert summary["error"] == ""
+    assert (summary["status"], summary["error"]) == ("ok", "")
+
+
+def sync(folder, server):
+    subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", str(folder / "wandb")],
+        check=True, env=os.environ | server.environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_run_are_one_run_where_they_are_synced_to(wandb_run, cut_run):
+    record, folder, *_ = cut_run
+    with wandb_server() as server:
+        sync(folder, server)
+        ((run_id, run),) = server.runs.items()
+    assert run_id.endswith(record.run_id)
+    assert run["called"] == {
+        "displayName": f"neo dora seed 0 {record.run_id}", "groupName": "ranks/small",
+        "jobType": "neo", "tags": ["lora=dora", "loss=forward_kl", "data=jsonl", "mine"],
+    }  # fmt: skip
+    assert run["config"]["choices"]["value"] == CHOICES
+    assert [row["_step"] for row in run["history"]] == list(range(len(run["history"])))
+    curve = {row["trainer/global_step"]: row["val/kd"] for row in run["history"] if "val/kd" in row}
+    assert curve == logged(wandb_run[2], "val/kd")
+    assert run["summary"]["val/kd"] == wandb_run[3]["summary"]["val/kd"]
+    assert (run["summary"]["status"], run["exit_code"]) == ("ok", 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_synced_later_looks_as_one_that_was_online(sandbox, student_dir, teacher_dir):
+    arrived = []
+    for mode in ("offline", "online"):
+        folder = sandbox / mode
+        with wandb_server() as server:
+            subprocess.run(
+                [sys.executable, "-m", "neo.train", "logger=wandb", "lora=rslora",
+                 *settings(student_dir, teacher_dir, folder, *OPTIONS)],
+                check=True, env=os.environ | server.environment | {"WANDB_MODE": mode},
+            )  # fmt: skip
+            if mode == "offline":
+                assert server.runs == {}
+                sync(folder, server)
+            ((_, run),) = server.runs.items()
+        run["config"].pop("_wandb")  # of the machine, and of how it was sent
+        run["config"].pop("run_dir")
+        run["summary"] = {
+            key: value for key, value in run["summary"].items()
+            if not key.startswith(("_", "perf/", "seconds", "peak_memory"))
+        }  # fmt: skip
+        run["history"] = [
+            {key: value for key, value in row.items() if not key.startswith(("_", "perf/"))}
+            for row in run["history"]
+        ]
+        arrived.append(run)
+    assert arrived[0] == arrived[1]
+    assert arrived[0]["config"]["choices"]["value"]["lora"] == "rslora"
+    assert arrived[0]["called"]["tags"] == ["lora=rslora", "loss=forward_kl", "data=jsonl"]
+    assert len(arrived[0]["history"]) > 4
 
 
 def test_two_runs_of_one_process_are_two_runs_of_wandb(sandbox, wandb_run, capfd):

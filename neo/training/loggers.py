@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import Logger
 
 from neo.config import build
 from neo.results.records import RunRecord
-from neo.training.launch import is_first_process
 from neo.training.local_loggers import MLflowRun, TensorBoardRun
 from neo.training.run_labels import RunLabels
 from neo.training.wandb_run import WandbRun
@@ -61,7 +60,7 @@ class Wandb:
             import wandb
 
             offline = not wandb.login(prompt=False, verify=False)
-            if offline and is_first_process():
+            if offline:
                 print(
                     "W&B: nobody is logged in, so this run is kept offline. To send it: wandb "
                     f"login && wandb sync {labels.folder}/wandb/offline-run-*",

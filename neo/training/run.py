@@ -271,7 +271,8 @@ class Run:
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
         loggers: list[Logger] = [MetricsFile(self.folder, resume_step)]
-        if (logger := build(config["logger"])) is not None:
+        # one process speaks for all
+        if is_first_process() and (logger := build(config["logger"])) is not None:
             labels = RunLabels(
                 config=config, run_id=self.identity, choices=hydra_choices()[0],
                 folder=self.folder, resume_step=resume_step, kept_id=kept_id,
