@@ -3,9 +3,11 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
-from fits import fit, history, power_cut, settings
+from example_runs import example_run
+from fits import checkpoint, fit, history, power_cut, settings
 from lab import compose_raw
 from wandb_files import logged, nobody_logged_in, of_kind, read_log, read_summary, segments
 from wandb_server import wandb_server
@@ -17,6 +19,7 @@ from neo.train import train
 from neo.training.consistency import check_config
 from neo.training.loggers import MLflow, TensorBoard, Wandb, finish, none
 from neo.training.run_labels import RunLabels
+from neo.training.wandb_run import summary
 
 CHOICES = {"method": "neo", "lora": "dora", "loss": "forward_kl", "data": "jsonl", "logger": "x"}
 OPTIONS = (
@@ -142,8 +145,6 @@ def test_a_missing_package_is_named_before_the_run(choice, monkeypatch):
 
 
 def test_a_logger_that_cannot_end_is_said_and_spoils_nothing(labels, monkeypatch, capsys):
-    from example_runs import example_run
-
     logger = TensorBoard().build(labels())
 
     def full(*_):
@@ -153,6 +154,32 @@ def test_a_logger_that_cannot_end_is_said_and_spoils_nothing(labels, monkeypatch
     finish([logger], example_run(), labels().folder)
     assert "TensorBoardRun: run" in (said := capsys.readouterr().err)
     assert "no space left" in said
+
+
+def test_the_best_of_a_validation_is_that_of_the_whole_run(tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_text("step,val/kd,val/agreement,train/kd\n1,0.5,0.9,1\n2,nan,,0\n3,0.75,0.7,2\n")
+    metrics = {"val/kd": 0.75, "val/agreement": 0.7, "val/ce": 2.0, "train/kd": 2.0}
+    found = summary(example_run(metrics=metrics, num_tokens=7), log)
+    assert found["val/kd"] == {"min": 0.5, "last": 0.75}
+    assert found["val/agreement"] == {"max": 0.9, "last": 0.7}
+    assert found["val/ce"] == {"min": 2.0, "last": 2.0}
+    assert (found["train/kd"], found["num_tokens"], found["error"]) == (2.0, 7, "")
+    assert "seconds" not in found  # which is not known
+
+
+ENDS = [("ok", 0), ("failed", 1), ("oom", 1), ("diverged", 1), ("interrupted", 1)]
+
+
+@pytest.mark.parametrize(("status", "exit_code"), ENDS)
+def test_a_run_ends_in_wandb_as_it_ended_here(status, exit_code, labels, monkeypatch):
+    run = Mock()
+    monkeypatch.setattr("neo.training.wandb_run.WandbRun.experiment", run)
+    logger = Wandb(project="p", offline=True).build(labels())
+    finish([logger], example_run(status=status), labels().folder)
+    run.finish.assert_called_once_with(exit_code=exit_code)
+    assert run.mark_preempting.called is (status == "interrupted")
+    assert run.summary.update.call_args.args[0]["status"] == status
 
 
 # -- whole runs --------------------------------------------------------------------------------
@@ -189,18 +216,18 @@ def test_wandb_logs_what_metrics_csv_says(wandb_run):
 
 def test_wandb_sums_up_what_the_record_says(wandb_run):
     record, folder, log, found = wandb_run
-    summary = found["summary"]
+    kept = found["summary"]
     for name, value in record.metrics.items():
         if name not in BEST:
-            assert summary[name] == pytest.approx(value)
+            assert kept[name] == pytest.approx(value)
             continue
         best = {"min": min, "max": max}[BEST[name]](history(folder, name))
-        assert summary[name] == {
+        assert kept[name] == {
             BEST[name]: pytest.approx(best, rel=1e-6), "last": pytest.approx(value),
         }  # fmt: skip
     for name in ("num_trainable_parameters", "num_tokens", "seconds", "peak_memory_gib"):
-        assert summary[name] == getattr(record, name)
-    assert (summary["status"], summary["run_id"]) == ("ok", record.run_id)
+        assert kept[name] == getattr(record, name)
+    assert (kept["status"], kept["run_id"]) == ("ok", record.run_id)
     assert (found["exit_code"], found["state"]) == (0, "finished")
     defined = {metric.get("name"): metric for metric in of_kind(log, "metric")}
     assert defined["val/kd"]["summary"] == {"min": True, "last": True}
@@ -268,9 +295,18 @@ def test_a_run_that_was_cut_off_goes_on_as_the_same_run_of_wandb(wandb_run, cut_
     for name in ("train/loss", "val/kd"):
         assert logged(logs[0], name) | logged(logs[1], name) == logged(log, name)
         assert min(logged(logs[1], name)) > 0
-    summary = read_summary(second)["summary"]
-    assert summary["val/kd"] == found["summary"]["val/kd"]  # the best of before the cut, too
-    assert (summary["status"], summary["error"]) == ("ok", "")
+    kept = read_summary(second)["summary"]
+    assert kept["val/kd"] == found["summary"]["val/kd"]
+    assert (kept["status"], kept["error"]) == ("ok", "")
+
+
+def test_a_run_keeps_its_id_when_its_experiment_is_called_something_else(sandbox, student_dir):
+    options = ("method=lora", "logger=wandb", *OPTIONS)
+    with power_cut(3):
+        fit(student_dir, None, sandbox / "named", *options, "experiment_name=before")
+    record = fit(student_dir, None, sandbox / "named", *options, "experiment_name=after")
+    assert record.experiment_name == "after"
+    assert checkpoint(sandbox / "named")["neo"]["wandb_id"] == f"before-{record.run_id}"
 
 
 def sync(folder, server):
@@ -307,11 +343,12 @@ def test_a_run_that_is_synced_later_looks_as_one_that_was_online(sandbox, studen
         with wandb_server() as server:
             subprocess.run(
                 [sys.executable, "-m", "neo.train", "logger=wandb", "lora=rslora",
-                 *settings(student_dir, teacher_dir, folder, *OPTIONS)],
+                 *settings(student_dir, teacher_dir, folder, *OPTIONS, "trainer=ddp",
+                           "trainer.devices=2", "trainer.accelerator=cpu")],
                 check=True, env=os.environ | server.environment | {"WANDB_MODE": mode},
             )  # fmt: skip
             if mode == "offline":
-                assert server.runs == {}
+                assert (len(segments(folder)), server.runs) == (1, {})  # one of the processes
                 sync(folder, server)
             ((_, run),) = server.runs.items()
         run["config"].pop("_wandb")  # of the machine, and of how it was sent
