@@ -421,6 +421,7 @@ def test_tensorboard_has_the_numbers_of_a_run_that_was_cut_off(sandbox, student_
     assert events.Tensors("status/text_summary")[-1].tensor_proto.string_val == [b"ok"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_mlflow_has_the_numbers_of_a_run_that_was_cut_off(sandbox, student_dir, teacher_dir):
     from mlflow.tracking import MlflowClient
@@ -449,6 +450,7 @@ def test_mlflow_has_the_numbers_of_a_run_that_was_cut_off(sandbox, student_dir, 
     assert run.data.metrics["num_tokens"] == record.num_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_mlflow_takes_every_name_that_a_metric_may_have(sandbox, labels):
     address = f"sqlite:///{sandbox}/numbers/mlflow.db"
