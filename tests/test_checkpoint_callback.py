@@ -228,7 +228,7 @@ def test_a_checkpoint_holds_the_id_by_which_wandb_goes_on(rows, student_dir, tmp
     monkeypatch.setenv("WANDB_MODE", "disabled")
     record = fit(student_dir, None, tmp_path / "run", *SETTINGS, rows, "logger=wandb",
                  "trainer.max_steps=1")  # fmt: skip
-    assert checkpoint(tmp_path / "run")["neo"]["wandb_id"] == record.run_id
+    assert checkpoint(tmp_path / "run")["neo"]["wandb_id"] == f"default-{record.run_id}"
     fit(student_dir, None, tmp_path / "csv", *SETTINGS, rows, "trainer.max_steps=1")
     assert checkpoint(tmp_path / "csv")["neo"]["wandb_id"] is None
 

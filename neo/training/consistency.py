@@ -11,6 +11,7 @@ from neo.config import SPECS, WHERE_IT_RAN, ConfigError, group_problems
 from neo.models.quantization import quantization_problems
 from neo.teachers.device import device_problems
 from neo.training.devices import num_processes, on_gpu
+from neo.training.loggers import logger_problems
 from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
@@ -30,6 +31,8 @@ def check_config(config: Mapping[str, Any], *, here: bool = True) -> None:
     problems = list(group_problems(config))
     if not any(problem.startswith("trainer") for problem in problems):
         problems += trainer_problems(config["trainer"], here=here)
+    if here and not any(problem.startswith("logger") for problem in problems):
+        problems += logger_problems(config["logger"])
     if not all(isinstance(config[key], dict) for key in SPECS):
         raise ConfigError(problems)
     if problems := problems + list(run_problems(config, here=here)):

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
@@ -35,10 +36,12 @@ from neo.training.ending import OutputError, ended_by, write_student
 from neo.training.exact_match import exact_match
 from neo.training.job import command_of_job, hydra_choices
 from neo.training.launch import ProcessesFailed, is_first_process, run_processes
-from neo.training.loggers import MetricsFile, finish
+from neo.training.loggers import finish
 from neo.training.meet import Meeting
+from neo.training.metrics_file import MetricsFile
 from neo.training.module import NeoModule
 from neo.training.peak_memory import PeakMemory
+from neo.training.run_labels import RunLabels
 from neo.training.signals import Interrupted, StopSignals, requeue
 from neo.training.skipped_steps import DivergedError
 from neo.training.split import whole_student
@@ -149,8 +152,6 @@ class Run:
             self.metrics["perf/failed_checkpoints"] = num_failures
         choices, overrides = hydra_choices()
         trainer = self.__dict__.get("trainer")
-        for logger in [] if trainer is None else trainer.loggers:
-            finish(logger, ok=status == "ok")
         gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         record = RunRecord(
             run_id=self.identity,
@@ -189,6 +190,7 @@ class Run:
         except OSError as full:
             self.console.print(f"{self.folder}/record.json could not be written: {full}")
             unwritten = OutputError(f"{self.folder}/record.json: {full}")
+        finish([] if trainer is None else trainer.loggers, record, self.folder)
         print_result(self.console, record, self.folder)
         return record, unwritten
 
@@ -200,10 +202,11 @@ class Run:
         checkpoint = None
         if not config["rerun"]:
             checkpoint = newest_good(self.checkpoints.folder, self.console.print)
-        step = start = None
+        step = start = kept_id = None
         if checkpoint is not None:
             held = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
             step, kept = held["global_step"], held["neo"]["start"]
+            kept_id = held["neo"]["wandb_id"]
             start = None if kept is None else Start(**kept)
             del held  # Lightning loads the weights and moments itself
             self.checkpoints.written = step
@@ -217,7 +220,7 @@ class Run:
             compile_layers=config["torch_compile"],
             max_skipped_steps=config["max_skipped_steps"],
         )
-        self.trainer = trainer = self._trainer(step)
+        self.trainer = trainer = self._trainer(step, kept_id)
         try:
             trainer.fit(
                 module,
@@ -264,20 +267,20 @@ class Run:
             )
         write_student(student, self.meeting.tokenizer, self.folder, saved)
 
-    def _trainer(self, resume_step: int | None) -> L.Trainer:
+    def _trainer(self, resume_step: int | None, kept_id: str | None) -> L.Trainer:
         """Lightning's Trainer of the config, with our callbacks and loggers."""
         config = self.config
         callbacks: list[L.Callback] = [self.throughput, self.signals, self.checkpoints]
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
-        loggers = [MetricsFile(self.folder, resume_step)]
-        extra = {}
-        if config["logger"]["_target_"] != "neo.training.loggers.none":
-            extra = {"save_dir": str(self.folder), "group": config["experiment_name"],
-                     "name": self.identity, "id": self.identity}  # fmt: skip
-        if (logger := build(config["logger"] | extra)) is not None:
-            logger.log_hyperparams(config | {"choices": hydra_choices()[0]})
-            loggers.append(logger)
+        loggers: list[Logger] = [MetricsFile(self.folder, resume_step)]
+        # one process speaks for all
+        if is_first_process() and (logger := build(config["logger"])) is not None:
+            labels = RunLabels(
+                config=config, run_id=self.identity, choices=hydra_choices()[0],
+                folder=self.folder, resume_step=resume_step, kept_id=kept_id,
+            )  # fmt: skip
+            loggers.append(logger.build(labels))
         no_val = {} if self.data.num_val_rows else {"limit_val_batches": 0}
         return build_trainer(
             config["trainer"] | no_val, callbacks, loggers, sharding=config["sharding"]
