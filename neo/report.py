@@ -5,20 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
+from neo.results.cells import against_lines, cells
 from neo.results.choice import Choice, choose, notes, overrides
 from neo.results.figures import draw_figure
+from neo.results.markdown import render_markdown
+from neo.results.printing import Cell
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
+from neo.results.table_csv import render_csv
 from neo.results.table_spec import TableSpec, read_table_spec
-from neo.results.tables import (
-    Table,
-    against_lines,
-    build_table,
-    cells,
-    render_csv,
-    render_markdown,
-)
+from neo.results.tables import Table, build_table
 
 USAGE = """\
 python -m neo.report NAME [runs=DIR] [experiments=DIR] [out=DIR]
@@ -196,8 +194,8 @@ def _print(table: Table, choices: list[Choice]) -> None:
         against = RichTable(title=f"Against {table.spec.baseline}", title_justify="left")
         for text in head:
             against.add_column(text, no_wrap=not text)
-        for line in body:
-            against.add_row(*(_styled(text) for text in line))
+        for cells_of_row in body:
+            against.add_row(*(_styled(cell) for cell in cells_of_row))
         console.print(against)
     for text in notes(table.spec.choose, choices) if table.spec.choose else []:
         console.print(text, markup=False)
@@ -207,12 +205,10 @@ def _print(table: Table, choices: list[Choice]) -> None:
         console.print(f"matches no row: {run.run_id}, seed {run.seed}, {run.choices}", markup=False)
 
 
-def _styled(text: str) -> str:
-    """Return the cell with Markdown's bold as rich's, and nothing else read as markup."""
-    plain = text.replace("[", "\\[")
-    if "**" in plain:
-        return f"[bold]{plain.replace('**', '')}[/bold]"
-    return plain
+def _styled(cell: Cell) -> str:
+    """Return the cell with rich's bold, and nothing in it read as markup."""
+    text = escape(cell.text)
+    return (f"[bold]{text}[/bold]" if cell.bold else text) + escape(cell.rest)
 
 
 if __name__ == "__main__":

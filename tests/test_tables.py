@@ -8,8 +8,13 @@ from example_runs import example_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neo.results.cells import cells
+from neo.results.markdown import marked, render_markdown
+from neo.results.printing import MISSING
+from neo.results.summary import summarize
+from neo.results.table_csv import render_csv
 from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
-from neo.results.tables import MISSING, build_table, cells, render_csv, render_markdown, summarize
+from neo.results.tables import build_table
 
 
 def column(key="val/ce", **changes):
@@ -33,8 +38,12 @@ def runs(method, values, **changes):
     ]
 
 
+def texts(table):
+    return [[marked(cell) for cell in line] for line in cells(table)]
+
+
 def cell(records, rows, columns=None):
-    return cells(build_table(spec(rows, columns), records))[0][0]
+    return texts(build_table(spec(rows, columns), records))[0][0]
 
 
 def test_a_cell_is_the_mean_and_sample_standard_deviation_over_seeds():
@@ -61,7 +70,7 @@ def test_the_order_of_the_records_changes_no_byte(values, seed):
 def test_a_missing_number_is_a_dash_and_never_zero():
     records = [*runs("neo", [None, None]), *runs("kd", [0.0])]
     table = build_table(spec([row("neo"), row("kd"), row("sft")]), records)
-    assert [line[0] for line in cells(table)] == [MISSING, "0.00", MISSING]
+    assert [line[0] for line in texts(table)] == [MISSING, "0.00", MISSING]
     assert [line["val/ce"] for line in csv.DictReader(io.StringIO(render_csv(table)))] == [
         "",
         "0.0",
@@ -78,7 +87,7 @@ def test_a_run_that_did_not_finish_is_listed_with_its_reason_and_stays_out_of_th
     records = [*runs("neo", [1.0]), example_run("neo", 1, status=status, error="a\nb | c")]
     records[1].metrics["val/ce"] = 99.0
     table = build_table(spec([row("neo")]), records)
-    assert cells(table)[0][0] == "1.00"
+    assert texts(table)[0][0] == "1.00"
     assert f"- neo, seed 1, run neo1: {status} (a b \\| c)" in render_markdown(table)
 
 
@@ -117,7 +126,7 @@ def bold(first, second, **changes):
     table = build_table(
         spec([row("neo"), row("kd", **changes)]), runs("neo", first) + runs("kd", second)
     )
-    return ["**" in line[0] for line in cells(table)]
+    return ["**" in line[0] for line in texts(table)]
 
 
 def test_bold_needs_a_gap_larger_than_both_standard_deviations():
@@ -146,14 +155,14 @@ def test_where_higher_is_better_the_largest_mean_is_bold_and_without_direction_n
     rows = [row("neo"), row("kd")]
     for better, expected in (("higher", [False, True]), (None, [False, False])):
         table = build_table(spec(rows, [column(better=better)]), records)
-        assert ["**" in line[0] for line in cells(table)] == expected
+        assert ["**" in line[0] for line in texts(table)] == expected
 
 
 def test_a_cell_is_printed_in_the_columns_unit_and_the_csv_in_the_recorded_one():
     records = [example_run(num_trainable_parameters=1_234_567)]
     columns = [column("num_trainable_parameters", scale=1e-3, unit="k", decimals=0, better=None)]
     table = build_table(spec([row("neo")], columns), records)
-    assert cells(table)[0][0] == "1,235"
+    assert texts(table)[0][0] == "1,235"
     assert "num_trainable_parameters (k)" in render_markdown(table)
     assert "1234567.0" in render_csv(table)
 
@@ -161,7 +170,7 @@ def test_a_cell_is_printed_in_the_columns_unit_and_the_csv_in_the_recorded_one()
 def test_the_papers_number_stands_beside_ours_with_the_difference():
     rows = [row("neo", paper={"val/ce": 1.5}), row("kd", paper={"val/ce": 3})]
     table = build_table(spec(rows), runs("neo", [1.0]))
-    assert [line[0] for line in cells(table)] == [
+    assert [line[0] for line in texts(table)] == [
         "1.00 (paper 1.50, -0.50)",
         f"{MISSING} (paper 3.00)",
     ]
@@ -176,7 +185,7 @@ def test_a_range_shows_the_lowest_and_the_highest_seed():
     assert cell(runs("neo", [3.0]), [row("neo")], columns) == "30.00"
     assert cell(runs("neo", [3.0, 3.0]), [row("neo")], columns) == "30.00"
     table = build_table(spec([row("neo")], columns), runs("neo", [3.0, 1.0, None]))
-    assert cells(table)[0][0] == "20.00 ± 14.14 [10.00, 30.00] (n=2)"
+    assert texts(table)[0][0] == "20.00 ± 14.14 [10.00, 30.00] (n=2)"
     assert "the lowest and the highest seed" in render_markdown(table)
     (line,) = csv.DictReader(io.StringIO(render_csv(table)))
     assert (line["val/ce_low"], line["val/ce_high"]) == ("1.0", "3.0")
@@ -193,7 +202,7 @@ def test_a_config_column_shows_the_setting_of_the_runs_as_typed():
     ]
     columns = [setting("optim.lr"), setting("data.packing"), setting("method")]
     table = build_table(spec([row("neo"), row("kd")], columns), records)
-    assert cells(table) == [["0.0003, 0.01", "true", "neo"], [MISSING] * 3]
+    assert texts(table) == [["0.0003, 0.01", "true", "neo"], [MISSING] * 3]
     assert next(csv.DictReader(io.StringIO(render_csv(table))))["optim.lr"] == "0.0003, 0.01"
 
 
@@ -248,7 +257,7 @@ def test_every_line_of_the_table_has_as_many_cells_as_the_header():
 
 def test_a_table_without_any_record_is_all_dashes():
     table = build_table(spec([row("neo")]), [])
-    assert cells(table) == [[MISSING]]
+    assert texts(table) == [[MISSING]]
     assert "Runs:" not in render_markdown(table)
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neo.results.markdown import MISSING, number, p_value
 from neo.results.paired import Paired, holm, paired_t
+from neo.results.printing import MISSING, Cell, number, p_value
 from neo.results.summary import TableRow, by_seed
 from neo.results.table_spec import ColumnSpec
 
@@ -68,8 +68,8 @@ def headers(column: ColumnSpec) -> list[str]:
     return [f"{column.label}{f' ({unit})' if unit else ''}{arrow}", "p"]
 
 
-def cells(comparison: Comparison | None, column: ColumnSpec, num_runs: int) -> list[str]:
-    """Return the printed difference with its interval, and the corrected p-value.
+def cells(comparison: Comparison | None, column: ColumnSpec, num_runs: int) -> list[Cell]:
+    """Return the difference with its interval, and the corrected p-value.
 
     Args:
         comparison: Of the row in `column`.
@@ -77,17 +77,17 @@ def cells(comparison: Comparison | None, column: ColumnSpec, num_runs: int) -> l
         num_runs: Shared seeds that the row's line states; a column that has fewer says so.
     """
     if comparison is None:
-        return [MISSING, MISSING]
+        return [Cell(MISSING), Cell(MISSING)]
     paired = comparison.paired
     mean, low, high = (
         number(value * column.scale, column.decimals, sign=True)
         for value in (paired.difference, paired.low, paired.high)
     )
-    text = f"**{mean}**" if comparison.is_better(column) else mean
-    text += f" [{low}, {high}]"
+    rest = f" [{low}, {high}]"
     if paired.n != num_runs:
-        text += f" (n={paired.n})"
-    return [text, MISSING if comparison.p_holm is None else p_value(comparison.p_holm)]
+        rest += f" (n={paired.n})"
+    p = MISSING if comparison.p_holm is None else p_value(comparison.p_holm)
+    return [Cell(mean, bold=comparison.is_better(column), rest=rest), Cell(p)]
 
 
 def note(baseline: str, num_pairs: int) -> str:
