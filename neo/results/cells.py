@@ -1,5 +1,7 @@
 """The cells of a table and of its comparison with the baseline, in no format yet."""
 
+from collections import Counter
+
 from neo.results import against
 from neo.results.printing import MISSING, Cell, number
 from neo.results.summary import TableRow, spelt_values, summarize
@@ -19,7 +21,7 @@ def lines(table: Table) -> list[list[Cell]]:
         [
             *([Cell(row.spec.group)] if table.has_groups else []),
             Cell(row.spec.label, italic=row.spec.reference),
-            Cell(str(len(row.runs))),
+            Cell(count(row)),
             *row_cells,
         ]
         for row, row_cells in zip(table.rows, cells(table), strict=True)
@@ -33,6 +35,13 @@ def cells(table: Table) -> list[list[Cell]]:
         [_cell(row, column, bold=i in best[c]) for c, column in enumerate(table.spec.columns)]
         for i, row in enumerate(table.rows)
     ]
+
+
+def count(row: TableRow) -> str:
+    """Return how many runs of the row finished and how many did not, as in "3 (1 oom)"."""
+    ends = Counter(run.status for run in row.failed)
+    failed = ", ".join(f"{ends[status]} {status}" for status in sorted(ends))
+    return f"{len(row.runs)} ({failed})" if failed else str(len(row.runs))
 
 
 def against_lines(table: Table) -> tuple[list[str], list[list[Cell]]]:

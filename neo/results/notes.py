@@ -17,13 +17,10 @@ def rule(table: Table) -> str:
         text += " In square brackets the lowest and the highest seed."
     if spec.baseline:
         text += f" Bold: better than {spec.baseline} by the paired test of the second table."
-    else:
-        text += (
-            " Bold: the best mean of its column"
-            + (" and group" if table.has_groups else "")
-            + ", where best and second have at least two seeds and lie further apart than both "
-            "standard deviations."
-        )
+    elif any(column.better for column in spec.columns):
+        text += " " + against.leader_note(has_groups=table.has_groups)
+    if table.failed:
+        text += " A run that did not finish stands in brackets beside n and is in no mean."
     if any(row.reference for row in spec.rows):
         text += " Rows in italics are for reference and do not compete."
     if any(row.paper for row in spec.rows):

@@ -4,6 +4,7 @@ import csv
 import io
 
 from neo.results.against import Comparison
+from neo.results.notes import failure
 from neo.results.summary import spelt_values, summarize
 from neo.results.tables import Table
 
@@ -13,7 +14,8 @@ Comparisons = dict[str, dict[int, Comparison | None]]
 def render_csv(table: Table) -> str:
     """Return the table as CSV: recorded units, all digits, mean, std and n per column.
 
-    A column with `range` has its lowest and highest number, too. A compared one has the mean
+    A row has the number of its finished runs and of its others, and why these did not finish. A
+    column with `range` has its lowest and highest number, too. A compared one has the mean
     difference to the baseline, the ends of its interval, p, p after Holm's correction, and the
     number of pairs. A config value stands there once.
     """
@@ -28,7 +30,13 @@ def render_csv(table: Table) -> str:
 
 def _line(table: Table, i: int, comparisons: Comparisons) -> dict[str, float | int | str | None]:
     row = table.rows[i]
-    found: dict[str, float | int | str | None] = {"group": row.spec.group, "row": row.spec.label}
+    found: dict[str, float | int | str | None] = {
+        "group": row.spec.group,
+        "row": row.spec.label,
+        "n": len(row.runs),
+        "not_finished": len(row.failed),
+        "why": "; ".join(failure(run) for run in row.failed),
+    }
     for column in table.spec.columns:
         key = column.key
         if column.source == "config":

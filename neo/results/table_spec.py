@@ -13,6 +13,7 @@ from neo.results.metrics import field_info, metric_info
 from neo.results.panel_spec import PanelSpec, read_panel
 
 Scalar = str | int | float | bool | None
+Value = Scalar | list[Scalar]  # a list of values stands for itself where it stands in a list
 SOURCES = ("metric", "field", "config")
 
 
@@ -29,7 +30,7 @@ class RowSpec:
     """
 
     label: str
-    where: dict[str, list[Scalar]]
+    where: dict[str, list[Value]]
     group: str = ""
     reference: bool = False
     paper: dict[str, float | int] = field(default_factory=dict)

@@ -6,10 +6,9 @@ from typing import Any
 
 from neo.results import against
 from neo.results.against import Comparison
-from neo.results.printing import number
 from neo.results.records import RunRecord
-from neo.results.summary import ABSENT, TableRow, lookup, summarize
-from neo.results.table_spec import ColumnSpec, RowSpec, Scalar, TableSpec
+from neo.results.summary import ABSENT, TableRow, lookup
+from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec, Value
 
 
 @dataclass(frozen=True)
@@ -50,37 +49,21 @@ class Table:
         """Return the indices of the rows that are clearly good in `column`.
 
         With a baseline: the rows that are better than it by the paired test, so none in a column
-        that is not compared. Without: the best row of each group, if that is clear: at least two
-        runs each, and a gap to the second that is larger than both standard deviations and shows
-        in the printed digits. Reference rows do not compete.
+        that is not compared. Without: the row of each group that is better than every other one
+        by the paired test. Reference rows do not compete.
         """
         if self.spec.baseline:
             found = self.comparisons(column).items()
             return {i for i, shown in found if shown is not None and shown.is_better(column)}
-        winners: set[int] = set()
-        if column.source == "config":
-            return winners
+        winners = set()
         for group in {row.spec.group for row in self.rows}:
-            ranked = sorted(
-                (
-                    (summary.mean, summary.std, i)
-                    for i, row in enumerate(self.rows)
-                    if row.spec.group == group and not row.spec.reference
-                    for summary in [summarize(row.runs, column.key)]
-                    if summary.mean is not None
-                ),
-                key=lambda item: item[0],
-                reverse=column.better == "higher",
-            )
-            if column.better is None or len(ranked) < 2:
-                continue
-            (best, best_std, i), (second, second_std, _) = ranked[:2]
-            if best_std is None or second_std is None:
-                continue
-            printed = [number(mean * column.scale, column.decimals) for mean in (best, second)]
-            if printed[0] != printed[1] and abs(best - second) > max(best_std, second_std):
-                winners.add(i)
-        return winners
+            rows = {
+                i: row
+                for i, row in enumerate(self.rows)
+                if row.spec.group == group and not row.spec.reference
+            }
+            winners.add(against.leader(rows, column))
+        return {i for i in winners if i is not None}
 
 
 def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
@@ -124,14 +107,14 @@ def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
     return table
 
 
-def matches(run: RunRecord, where: dict[str, list[Scalar]]) -> bool:
+def matches(run: RunRecord, where: dict[str, list[Value]]) -> bool:
     """Return whether the run has, at every key of `where`, one of the values named there."""
     return all(
         any(_same(lookup(run, key), value) for value in values) for key, values in where.items()
     )
 
 
-def _same(left: Any, right: Scalar) -> bool:
+def _same(left: Any, right: Value) -> bool:
     # True == 1 in Python, but not in a config.
     return left == right and isinstance(left, bool) == isinstance(right, bool)
 
