@@ -6,6 +6,7 @@ from example_runs import example_run
 from scipy import stats
 
 from neo.results.against import compare
+from neo.results.bootstrap import _interval, bootstrap_interval
 from neo.results.cells import against_lines, cells
 from neo.results.markdown import marked, render_markdown
 from neo.results.paired import holm
@@ -206,3 +207,39 @@ def test_the_csv_has_both_ps_and_the_interval_in_recorded_units():
 def test_without_records_the_second_table_is_all_dashes():
     assert against(table_of({"base": [], "x": []}))[1] == [["x", "—", "—", "—"]]
     assert "sign-flip" not in render_markdown(table_of({"base": [], "x": []}))
+
+
+def test_a_bootstrap_interval_is_shown_and_named_where_it_is_asked_for():
+    values = {"base": BASE, "clear": CLEAR}
+    by_t, by_bootstrap = (table_of(values, interval=kind) for kind in ("t", "bootstrap"))
+    low, high = bootstrap_interval([a - b for a, b in zip(CLEAR, BASE, strict=True)], 0.95)
+    (line,) = against(by_bootstrap)[1]
+    assert line[2] == f"**-1.00** [{low:+.2f}, {high:+.2f}]"
+    assert line[2] != against(by_t)[1][0][2]
+    assert line[3] == against(by_t)[1][0][3]
+    (_, row) = csv.DictReader(io.StringIO(render_csv(by_bootstrap)))
+    assert float(row["val/ce_difference_low"]) == low
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [(5, "with 5 it holds the true mean in about 84 of 100 cases"), (12, "a little too narrow")],
+)
+def test_the_note_names_the_interval_the_number_of_pairs_and_what_few_of_them_do(pairs, expected):
+    base = [float(seed) for seed in range(pairs)]
+    values = {"base": base, "x": [b - 1 - 0.1 * (b % 3) for b in base]}
+    text = render_markdown(table_of(values, interval="bootstrap"))
+    assert "paired bootstrap over them (BCa, 9,999 resamples)" in text
+    assert "t distribution; p" not in text
+    assert expected in text
+    by_t = render_markdown(table_of(values))
+    assert "by the paired t distribution" in by_t
+    assert "bootstrap" not in by_t
+
+
+def test_a_table_with_bootstrap_intervals_is_the_same_each_time_it_is_rendered():
+    values = {"base": BASE, "clear": CLEAR, "noise": NOISE}
+    first, second = (table_of(values, interval="bootstrap") for _ in range(2))
+    text = render_markdown(first)
+    _interval.cache_clear()
+    assert render_markdown(second) == text

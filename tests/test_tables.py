@@ -137,6 +137,17 @@ def test_rows_are_chosen_by_group_choice_and_by_config_path():
     assert cell(records, [row("neo", where={"loss.kd_ratio": [0.5, 0.9]})]).startswith("0.50")
 
 
+def test_a_list_is_one_value():
+    records = [
+        example_run("neo", i, config={"lora": {"target_modules": of}}, metrics={"val/ce": float(i)})
+        for i, of in enumerate([["q", "v"], "all", ["q"]])
+    ]
+    key = "lora.target_modules"
+    assert cell(records, [row("neo", where={key: [["q", "v"]]})]) == "0.00"
+    assert cell(records, [row("neo", where={key: ["q", "v"]})]) == MISSING
+    assert cell(records, [row("neo", where={key: [["q"], "all"]})]) == "1.50 ± 0.71"
+
+
 def test_true_is_not_one():
     records = [example_run("neo", config={"data": {"packing": True}}, metrics={"val/ce": 1.0})]
     assert cell(records, [row("neo", where={"data.packing": [1]})]) == MISSING

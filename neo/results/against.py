@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from neo.results.bootstrap import COVERAGE, RESAMPLES
 from neo.results.paired import Paired, holm, paired_t
 from neo.results.printing import MISSING, Cell, number, p_value
 from neo.results.summary import TableRow, by_seed, summarize
@@ -31,7 +32,7 @@ class Comparison:
 
 
 def compare(
-    rows: Sequence[TableRow], baseline: str, column: ColumnSpec
+    rows: Sequence[TableRow], baseline: str, column: ColumnSpec, interval: str = "t"
 ) -> dict[int, Comparison | None]:
     """Return the comparison of every row that is compared, by its index in `rows`.
 
@@ -50,7 +51,7 @@ def compare(
             and not other.spec.reference
         ]
         pairs[i] = row, base
-    return _tested(pairs, column)
+    return _tested(pairs, column, interval)
 
 
 def leader(rows: Mapping[int, TableRow], column: ColumnSpec) -> int | None:
@@ -82,7 +83,7 @@ def leader(rows: Mapping[int, TableRow], column: ColumnSpec) -> int | None:
 
 
 def _tested(
-    pairs: Mapping[int, tuple[TableRow, TableRow]], column: ColumnSpec
+    pairs: Mapping[int, tuple[TableRow, TableRow]], column: ColumnSpec, interval: str = "t"
 ) -> dict[int, Comparison | None]:
     """Return how the first row of every pair differs from the second, tested all at once."""
     found: dict[int, Paired | None] = {}
@@ -90,7 +91,7 @@ def _tested(
         own, its = by_seed(row.runs, column.key), by_seed(base.runs, column.key)
         shared = sorted(own.keys() & its.keys())
         numbers, baseline = [own[seed] for seed in shared], [its[seed] for seed in shared]
-        found[i] = paired_t(numbers, baseline)
+        found[i] = paired_t(numbers, baseline, interval)
     ps = {i: shown.p for i, shown in found.items() if shown is not None and shown.p is not None}
     corrected = dict(zip(ps, holm(list(ps.values())), strict=True))
     return {
@@ -128,21 +129,34 @@ def cells(comparison: Comparison | None, column: ColumnSpec, num_runs: int) -> l
     return [Cell(mean, bold=comparison.is_better(column), rest=rest), Cell(p)]
 
 
-def note(baseline: str, num_pairs: int) -> str:
+def note(baseline: str, num_pairs: int, interval: str = "t") -> str:
     """Return what the numbers of the comparison mean, and what they rest on.
 
     Args:
         baseline: Label of the row that the others are compared with.
         num_pairs: The largest number of shared seeds.
+        interval: Of the differences, one of the table's `INTERVALS`.
     """
+    kind = "the paired t distribution"
+    if interval == "bootstrap":
+        kind = f"a paired bootstrap over them (BCa, {RESAMPLES:,} resamples)"
     text = (
         f"Mean over the shared seeds of the row's number minus that of {baseline}, with its 95 % "
-        "confidence interval (of one row by itself) by the paired t distribution; p: of the "
+        f"confidence interval (of one row by itself) by {kind}; p: of the "
         "two-sided paired t test, after Holm's correction for all rows that are tested in the "
         f"column. Bold: better than {baseline} with p < {LEVEL}. {MISSING}: fewer than two shared "
         "seeds, or differences that are all equal and leave nothing to test. A run that did not "
         "finish is in no pair."
     )
+    if interval == "bootstrap" and num_pairs > 1:
+        text += (
+            f" A bootstrap of few pairs is too narrow, since it takes them for all there are: with "
+            f"{num_pairs} it holds the true mean in about {COVERAGE[num_pairs]} of 100 cases and "
+            "not in 95, where differences are normal."
+            if num_pairs in COVERAGE
+            else f" The bootstrap of {num_pairs} pairs is a little too narrow, since it takes them "
+            "for all there are."
+        )
     if num_pairs > 1:
         text += (
             f" With {num_pairs} pairs an exact sign-flip test has no p below 2/{2**num_pairs} = "

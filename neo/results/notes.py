@@ -33,7 +33,7 @@ def against_note(table: Table) -> str:
     columns = [column for column in table.spec.columns if column.compare]
     found = [shown for column in columns for shown in table.comparisons(column).values()]
     pairs = max((shown.paired.n for shown in found if shown is not None), default=0)
-    return against.note(table.spec.baseline, pairs)
+    return against.note(table.spec.baseline, pairs, table.spec.interval)
 
 
 def failures(table: Table) -> list[str]:

@@ -15,6 +15,7 @@ from neo.results.panel_spec import PanelSpec, read_panel
 Scalar = str | int | float | bool | None
 Value = Scalar | list[Scalar]  # a list of values stands for itself where it stands in a list
 SOURCES = ("metric", "field", "config")
+INTERVALS = ("t", "bootstrap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ class TableSpec:
 
     Attributes:
         baseline: Label of the row, one in each group, that the others are compared with; or empty.
+        interval: Of the differences to the baseline, one of `INTERVALS`.
         choose: What is chosen from the runs of the table.
         included: Markdown to stand under the table.
     """
@@ -98,6 +100,7 @@ class TableSpec:
     group_label: str = ""
     figures: list[PanelSpec] = field(default_factory=list)
     baseline: str = ""
+    interval: str = "t"
     choose: ChooseSpec | None = None
     included: str = ""
 
@@ -135,6 +138,7 @@ def _table(node: Any, folder: Path) -> TableSpec:
         group_label=entries.take("group_label", str, default=""),
         figures=figures,
         baseline=entries.take("baseline", str, default=""),
+        interval=entries.take("interval", str, default="t"),
         choose=None if choose is None else _choose(choose),
         included=_included(entries.take("include", str, default=""), folder),
     )
@@ -159,7 +163,11 @@ def _table(node: Any, folder: Path) -> TableSpec:
 def _check_baseline(spec: TableSpec) -> None:
     """Raise ValueError unless the baseline is one row of every group, and something is compared."""
     compared = [column.key for column in spec.columns if column.compare]
+    if spec.interval not in INTERVALS:
+        raise ValueError(f"interval: {spec.interval!r}, legal: {', '.join(INTERVALS)}")
     if not spec.baseline:
+        if spec.interval != "t":
+            raise ValueError("interval: is that of differences, but there is no 'baseline'")
         if compared:
             raise ValueError(f"columns: {compared[0]} has 'compare', but there is no 'baseline'")
         return

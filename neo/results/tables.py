@@ -43,7 +43,7 @@ class Table:
         """Return how each row that is compared in `column` differs from the baseline, by index."""
         if not column.compare:
             return {}
-        return against.compare(self.rows, self.spec.baseline, column)
+        return against.compare(self.rows, self.spec.baseline, column, self.spec.interval)
 
     def best(self, column: ColumnSpec) -> set[int]:
         """Return the indices of the rows that are clearly good in `column`.
