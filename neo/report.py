@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from neo.results.cells import against_lines, cells
 from neo.results.choice import Choice, choose, notes, overrides
 from neo.results.figures import draw_figure
+from neo.results.latex import render_latex
 from neo.results.markdown import render_markdown
 from neo.results.printing import Cell
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
@@ -86,7 +87,7 @@ def report(
     choices = []
     if spec.choose is not None:
         choices = choose(spec.choose, spec.rows, table.runs)
-    _write(table, choices, curves, folder if out is None else out)
+    _write(name, table, choices, curves, folder if out is None else out)
     _print(table, choices)
     return table
 
@@ -152,7 +153,9 @@ def _log(record_path: Path) -> Path:
     return record_path.with_suffix(".csv")
 
 
-def _write(table: Table, choices: list[Choice], curves: dict[str, Path], folder: Path) -> None:
+def _write(
+    name: str, table: Table, choices: list[Choice], curves: dict[str, Path], folder: Path
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spec = table.spec.choose
     chosen = notes(spec, choices) if spec else []
@@ -160,6 +163,7 @@ def _write(table: Table, choices: list[Choice], curves: dict[str, Path], folder:
         write_atomically(folder / "chosen.txt", overrides(spec, choices).encode())
     write_atomically(folder / "table.md", render_markdown(table, chosen).encode())
     write_atomically(folder / "table.csv", render_csv(table).encode())
+    write_atomically(folder / "table.tex", render_latex(table, name, chosen).encode())
     figure = draw_figure(table, curves)
     if figure is None:
         (folder / "figure.png").unlink(missing_ok=True)  # what it showed is no longer there
