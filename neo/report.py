@@ -1,55 +1,101 @@
-"""Renders an experiment's table and figure from its records: `python -m neo.report NAME`."""
+"""Renders an experiment's tables and figure from its records: `python -m neo.report NAME`."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from neo.results.choice import Choice, choose, notes, overrides
-from neo.results.figures import draw_figure
+from neo.results.draft import draft
+from neo.results.latex import render_latex
+from neo.results.markdown import render_markdown
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
+from neo.results.table_csv import render_csv
 from neo.results.table_spec import TableSpec, read_table_spec
-from neo.results.tables import (
-    Table,
-    against_lines,
-    build_table,
-    cells,
-    render_csv,
-    render_markdown,
-)
+from neo.results.tables import Table, build_table
+from neo.results.terminal import print_table
 
 USAGE = """\
 python -m neo.report NAME [runs=DIR] [experiments=DIR] [out=DIR]
+python -m neo.report [NAME] check=true [experiments=DIR]
 
-Renders table.md, table.csv and figure.png of the experiment NAME from its records, by what
-experiments/NAME/table.yaml asks for, and prints the table; with `choose` also chosen.txt.
+Renders table.md, table.csv, table.tex and figure.png of the experiment NAME from its records, by
+what experiments/NAME/table.yaml asks for, and prints the table; with `choose` also chosen.txt. An
+experiment that has no table.yaml gets one to start from, with a row for each setting of its runs.
 
   runs=DIR         first copy the records under DIR/NAME into experiments/NAME/results;
                    one that is recorded there is never changed
   experiments=DIR  where the experiments lie (default: experiments)
   out=DIR          with runs=: copy nothing; render into out, with each record under DIR/NAME in
                    the place of the recorded run of the same id
+  check=true       write nothing; say where the rendered files are not what the records give, for
+                   all experiments with a table.yaml where no NAME is given
 
-Exit status: 0 rendered, 2 something is wrong with what was asked for or with a record.
+Exit status: 0 rendered, or all is as it should be; 1 check=true found a difference; 2 something is
+wrong with what was asked for or with a record.
 """
-OPTIONS = ("runs", "experiments", "out")
+FOLDERS = ("runs", "experiments", "out")
+TEXTS = ("table.md", "table.csv", "table.tex", "chosen.txt")
+FIGURE = "figure.png"
+SHOWN = 60  # characters of a line that differs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 after a mistake of the user's."""
+    """Run the command and return its exit status: 0, 1 where a check failed, 2 after a mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     try:
-        name, options = _parse(arguments)
-        report(name, **options)
+        names, folders, checks = _parse(arguments)
+        if not checks:
+            report(names[0], **folders)
+            return 0
+        experiments = folders.get("experiments", Path("experiments"))
+        names = names or _known(experiments)
+        problems = [text for name in names for text in check(name, experiments=experiments)]
     except (ValueError, OSError) as error:
         print(f"neo.report: {error}", file=sys.stderr)
         return 2
-    return 0
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"as the records give them: {', '.join(names)}")
+    return 1 if problems else 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is to be rendered.
+
+    Attributes:
+        curves: Run id to a copy of the run's `metrics.csv`, for the runs that have one.
+    """
+
+    name: str
+    table: Table
+    choices: list[Choice]
+    curves: dict[str, Path]
+
+    def texts(self) -> dict[str, bytes]:
+        """Return the content of every file of text, by its name."""
+        spec = self.table.spec.choose
+        chosen = notes(spec, self.choices) if spec else []
+        found = {
+            "table.md": render_markdown(self.table, chosen),
+            "table.csv": render_csv(self.table),
+            "table.tex": render_latex(self.table, self.name, chosen),
+        }
+        if spec:
+            found["chosen.txt"] = overrides(spec, self.choices)
+        return {name: text.encode() for name, text in found.items()}
+
+    def figure(self) -> bytes | None:
+        """Return the figure as PNG, or None where there is nothing to draw."""
+        # Not above: a check draws nothing, and would wait for matplotlib longer than for the rest.
+        from neo.results.figures import draw_figure
+
+        return draw_figure(self.table, self.curves)
 
 
 def report(
@@ -67,30 +113,51 @@ def report(
             asked for.
     """
     folder = experiments / name
-    if not (folder / "table.yaml").is_file():
-        known = sorted(path.parent.name for path in experiments.glob("*/table.yaml"))
-        legal = f"there are: {', '.join(known)}" if known else "there is none"
-        raise ValueError(
-            f"no experiment {name!r} in {experiments} (a folder with table.yaml); {legal}"
-        )
     if out is not None and runs is None:
         raise ValueError("out= needs runs=, the folder whose records are to be rendered")
-    spec = read_table_spec(folder / "table.yaml")
+    known = [place for place in (folder, out) if place and (place / "table.yaml").is_file()]
     if runs is not None and not (runs / name).is_dir():
         raise ValueError(f"runs={runs}: there is no folder {runs / name}")
+    sources = [folder] if runs is None else [folder, runs / name]
+    if known:
+        spec = read_table_spec(known[0] / "table.yaml")
+    else:
+        spec = _start(name, experiments, sources, folder if out is None else out)
     if runs is not None and out is None:
         collect(runs / name, folder / "results", name, spec)
-    sources = [folder] if runs is None or out is None else [folder, runs / name]
-    found = [(path, read_record(path)) for source in sources for path in find_records(source)]
-    latest = {record.run_id: (path, record) for path, record in found}
-    table = build_table(spec, [record for _, record in latest.values()])
-    curves = {run_id: log for run_id, (path, _) in latest.items() if (log := _log(path)).is_file()}
-    choices = []
-    if spec.choose is not None:
-        choices = choose(spec.choose, spec.rows, table.runs)
-    _write(table, choices, curves, folder if out is None else out)
-    _print(table, choices)
-    return table
+    found = _read(name, spec, sources if out is not None else [folder])
+    target = folder if out is None else out
+    target.mkdir(parents=True, exist_ok=True)
+    files = {**dict.fromkeys(TEXTS), **found.texts(), FIGURE: found.figure()}
+    for file, content in files.items():
+        if content is None:
+            (target / file).unlink(missing_ok=True)  # what it showed is no longer there
+        else:
+            write_atomically(target / file, content)
+    print_table(found.table, found.choices)
+    return found.table
+
+
+def check(name: str, *, experiments: Path = Path("experiments")) -> list[str]:
+    """Return a sentence for each file of the experiment that is not what its records give.
+
+    Pixels depend on the fonts of a machine: of the figure only is asked whether it is there.
+
+    Raises:
+        ValueError: The experiment is not there, or its `table.yaml` or a record is wrong.
+    """
+    folder = experiments / name
+    if not (folder / "table.yaml").is_file():
+        raise ValueError(_unknown(name, experiments))
+    found = _read(name, read_table_spec(folder / "table.yaml"), [folder])
+    expected = found.texts()
+    problems = [_difference(folder / file, expected.get(file)) for file in TEXTS]
+    figure = folder / FIGURE
+    if figure.is_file() and not found.table.spec.figures:
+        problems.append(f"{figure}: is there, and table.yaml asks for no figure")
+    if not figure.is_file() and found.table.spec.figures and found.figure() is not None:
+        problems.append(f"{figure}: is missing")
+    return [problem for problem in problems if problem]
 
 
 def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]:
@@ -126,19 +193,92 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
     return new
 
 
-def _parse(arguments: list[str]) -> tuple[str, dict[str, Path]]:
+def _parse(arguments: list[str]) -> tuple[list[str], dict[str, Path], bool]:
+    """Return the names, the folders by option, and whether only to check."""
     names = [argument for argument in arguments if "=" not in argument]
-    if len(names) != 1:
-        raise ValueError(f"one experiment's name is needed, got {len(names)}; see --help")
-    options: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
+    checks = False
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             continue
-        if key not in OPTIONS or not value:
-            raise ValueError(f"{argument!r}; legal: {'=DIR, '.join(OPTIONS)}=DIR")
-        options[key] = Path(value)
-    return names[0], options
+        if key == "check" and value in ("true", "false"):
+            checks = value == "true"
+        elif key in FOLDERS and value:
+            folders[key] = Path(value)
+        else:
+            raise ValueError(f"{argument!r}; legal: {'=DIR, '.join(FOLDERS)}=DIR, check=true")
+    if len(names) > 1 or not (names or checks):
+        raise ValueError(f"one experiment's name is needed, got {len(names)}; see --help")
+    if checks and {"runs", "out"} & set(folders):
+        raise ValueError("check=true compares what lies in experiments; it takes no runs=, no out=")
+    return names, folders, checks
+
+
+def _known(experiments: Path) -> list[str]:
+    """Return the names of the experiments that have a `table.yaml`."""
+    return sorted(path.parent.name for path in experiments.glob("*/table.yaml"))
+
+
+def _unknown(name: str, experiments: Path) -> str:
+    known = _known(experiments)
+    legal = f"there are: {', '.join(known)}" if known else "there is none"
+    return f"no experiment {name!r} in {experiments} (a folder with table.yaml); {legal}"
+
+
+def _start(name: str, experiments: Path, sources: list[Path], target: Path) -> TableSpec:
+    """Write a `table.yaml` to start from into `target` and return what it says."""
+    from neo.config import WHERE_IT_RAN  # Hydra with it, which no other report needs
+
+    records = {run.run_id: run for _, run in _records(sources)}
+    if not records:
+        raise ValueError(
+            f"{_unknown(name, experiments)}; with runs=DIR one is started from DIR/{name}"
+        )
+    text = draft(name, list(records.values()), WHERE_IT_RAN)
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / "table.yaml", text.encode())
+    print(f"{target / 'table.yaml'}: written from {len(records)} records, to start from; edit it")
+    return read_table_spec(target / "table.yaml")
+
+
+def _records(sources: list[Path]) -> list[tuple[Path, RunRecord]]:
+    return [(path, read_record(path)) for source in sources for path in find_records(source)]
+
+
+def _read(name: str, spec: TableSpec, sources: list[Path]) -> Report:
+    """Return what is to be rendered; of records of one run, that under the last source counts."""
+    latest = {record.run_id: (path, record) for path, record in _records(sources)}
+    table = build_table(spec, [record for _, record in latest.values()])
+    curves = {run_id: log for run_id, (path, _) in latest.items() if (log := _log(path)).is_file()}
+    choices = [] if spec.choose is None else choose(spec.choose, spec.rows, table.runs)
+    return Report(name, table, choices, curves)
+
+
+def _difference(path: Path, expected: bytes | None) -> str:
+    """Return where the file is not what is expected, None for no file; empty where it is."""
+    if expected is None:
+        return f"{path}: is there, and table.yaml asks for none" if path.is_file() else ""
+    if not path.is_file():
+        return f"{path}: is missing"
+    if path.read_bytes() == expected:
+        return ""
+    has = [*path.read_text("utf-8", "replace").splitlines(keepends=True), ""]
+    gives = [*expected.decode().splitlines(keepends=True), ""]
+    number = _first_difference(has, gives)
+    left, right = has[number], gives[number]
+    column = _first_difference(left, right)
+    start = max(0, column - SHOWN // 2)
+    return (
+        f"{path}: line {number + 1} has {left[start : start + SHOWN]!r}, the records give "
+        f"{right[start : start + SHOWN]!r}"
+    )
+
+
+def _first_difference(left: Sequence[str], right: Sequence[str]) -> int:
+    """Return the first index at which the two differ, at the latest where the shorter ends."""
+    shorter = min(len(left), len(right))
+    return next((i for i in range(shorter) if left[i] != right[i]), shorter)
 
 
 def _stem(record: RunRecord, spec: TableSpec) -> str:
@@ -152,67 +292,6 @@ def _log(record_path: Path) -> Path:
     if record_path.name == "record.json":
         return record_path.with_name("metrics.csv")
     return record_path.with_suffix(".csv")
-
-
-def _write(table: Table, choices: list[Choice], curves: dict[str, Path], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = table.spec.choose
-    chosen = notes(spec, choices) if spec else []
-    if spec:
-        write_atomically(folder / "chosen.txt", overrides(spec, choices).encode())
-    write_atomically(folder / "table.md", render_markdown(table, chosen).encode())
-    write_atomically(folder / "table.csv", render_csv(table).encode())
-    figure = draw_figure(table, curves)
-    if figure is None:
-        (folder / "figure.png").unlink(missing_ok=True)  # what it showed is no longer there
-    else:
-        write_atomically(folder / "figure.png", figure)
-
-
-def _print(table: Table, choices: list[Choice]) -> None:
-    """Prints a table a group, turned: a terminal has room for many lines and for few columns."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a log file has no edge to wrap at
-    shown = cells(table)
-    for group in dict.fromkeys(row.spec.group for row in table.rows if not row.spec.reference):
-        rows = [
-            (row, line)
-            for row, line in zip(table.rows, shown, strict=True)
-            if row.spec.group == group or (row.spec.reference and not row.spec.group)
-        ]
-        title = (
-            f"{table.spec.title} ({table.spec.group_label}: {group})" if group else table.spec.title
-        )
-        turned = RichTable(title=title, title_justify="left")
-        turned.add_column("", no_wrap=True)
-        for row, _ in rows:
-            turned.add_column(f"{row.spec.label}, n={len(row.runs)}", justify="right")
-        for number, column in enumerate(table.spec.columns):
-            turned.add_row(column.header, *(_styled(line[number]) for _, line in rows))
-        console.print(turned)
-    if table.spec.baseline:
-        head, body = against_lines(table)
-        against = RichTable(title=f"Against {table.spec.baseline}", title_justify="left")
-        for text in head:
-            against.add_column(text, no_wrap=not text)
-        for line in body:
-            against.add_row(*(_styled(text) for text in line))
-        console.print(against)
-    for text in notes(table.spec.choose, choices) if table.spec.choose else []:
-        console.print(text, markup=False)
-    for label, run in table.failed:
-        console.print(f"not finished: {label}, seed {run.seed}, {run.run_id}: {run.status}")
-    for run in table.unmatched:
-        console.print(f"matches no row: {run.run_id}, seed {run.seed}, {run.choices}", markup=False)
-
-
-def _styled(text: str) -> str:
-    """Return the cell with Markdown's bold as rich's, and nothing else read as markup."""
-    plain = text.replace("[", "\\[")
-    if "**" in plain:
-        return f"[bold]{plain.replace('**', '')}[/bold]"
-    return plain
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 import csv
 import io
+import random
 
 import pytest
 from example_runs import example_run
 from scipy import stats
 
 from neo.results.against import compare
+from neo.results.bootstrap import _interval, bootstrap_interval
+from neo.results.cells import against_lines, cells
+from neo.results.markdown import marked, render_markdown
 from neo.results.paired import holm
+from neo.results.table_csv import render_csv
 from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
-from neo.results.tables import against_lines, build_table, cells, render_csv, render_markdown
+from neo.results.tables import build_table
 
 BASE = [1.0, 2.0, 3.0, 4.0, 5.0]
 SCORE = ColumnSpec(
@@ -47,6 +52,15 @@ def table_of(values, columns=(SCORE,), rows=None, **changes):
     return build_table(spec, records)
 
 
+def texts(table):
+    return [[marked(cell) for cell in line] for line in cells(table)]
+
+
+def against(table):
+    head, body = against_lines(table)
+    return head, [[marked(cell) for cell in line] for line in body]
+
+
 def shifted(*changes):
     return [b + c for b, c in zip(BASE, changes, strict=True)]
 
@@ -68,8 +82,8 @@ def test_every_row_is_compared_with_the_baseline_and_p_is_corrected_for_all_of_t
 def test_only_what_is_better_than_the_baseline_by_the_test_is_bold():
     table = table_of({"base": BASE, "clear": CLEAR, "noise": NOISE, "worse": WORSE})
     bold = [False, True, False, False]
-    assert ["**" in line[0] for line in cells(table)] == bold
-    assert ["**" in line[2] for line in against_lines(table)[1]] == bold[1:]
+    assert ["**" in line[0] for line in texts(table)] == bold
+    assert ["**" in line[2] for line in against(table)[1]] == bold[1:]
     assert "better than base by the paired test" in render_markdown(table)
 
 
@@ -80,7 +94,7 @@ def test_where_higher_is_better_the_sign_turns():
         "down": [0.01, 0.09, 0.20, 0.31, 0.40],
     }
     table = table_of(values, (SHARE,))
-    assert ["**" in line[0] for line in cells(table)] == [False, True, False]
+    assert ["**" in line[0] for line in texts(table)] == [False, True, False]
 
 
 def test_bold_follows_the_corrected_p_and_not_the_raw_one():
@@ -88,13 +102,13 @@ def test_bold_follows_the_corrected_p_and_not_the_raw_one():
     assert 0.004 < stats.ttest_rel(edge, BASE).pvalue < 0.05
     few = table_of({"base": BASE, "edge": edge})
     many = table_of({"base": BASE, "edge": edge, **{f"noise{i}": NOISE for i in range(9)}})
-    assert ["**" in line[0] for line in cells(few)] == [False, True]
-    assert not any("**" in line[0] for line in cells(many))
+    assert ["**" in line[0] for line in texts(few)] == [False, True]
+    assert not any("**" in line[0] for line in texts(many))
 
 
 def test_a_wide_gap_between_means_is_not_bold_without_the_test():
     gap = [b - 10.0 for b in BASE[:1]]
-    assert not any("**" in line[0] for line in cells(table_of({"base": BASE, "gap": gap})))
+    assert not any("**" in line[0] for line in texts(table_of({"base": BASE, "gap": gap})))
 
 
 def test_a_column_that_is_not_compared_has_no_bold_and_no_second_table_entry():
@@ -102,8 +116,8 @@ def test_a_column_that_is_not_compared_has_no_bold_and_no_second_table_entry():
         key="val/kd", source="metric", label="kd", unit="", decimals=2, better="lower", scale=1.0
     )
     table = table_of({"base": BASE, "clear": CLEAR}, (SCORE, plain))
-    assert ["**" in line[1] for line in cells(table)] == [False, False]
-    assert against_lines(table)[0] == ["", "n", "ce ↓", "p"]
+    assert ["**" in line[1] for line in texts(table)] == [False, False]
+    assert against(table)[0] == ["", "n", "ce ↓", "p"]
 
 
 def test_only_the_seeds_that_both_have_are_paired():
@@ -113,12 +127,12 @@ def test_only_the_seeds_that_both_have_are_paired():
     oracle = stats.ttest_rel(CLEAR[1:4], BASE[1:4])
     assert comparison.paired.n == 3
     assert comparison.paired.p == pytest.approx(float(oracle.pvalue))
-    assert against_lines(table)[1][0][1] == "3"
+    assert against(table)[1][0][1] == "3"
 
 
 def test_fewer_than_two_shared_seeds_are_a_dash_and_no_part_of_the_correction():
     table = table_of({"base": BASE, "clear": CLEAR, "one": CLEAR[:1], "none": []})
-    _, (clear, one, none) = against_lines(table)
+    _, (clear, one, none) = against(table)
     assert one[1:] == none[1:] == ["—", "—", "—"]
     assert table.comparisons(SCORE)[1].p_holm == table.comparisons(SCORE)[1].paired.p
     assert "—" not in clear
@@ -133,7 +147,7 @@ def test_a_column_with_fewer_pairs_than_its_line_says_so():
     spec = TableSpec(
         title="T", rows=[row("base"), row("clear")], columns=[SCORE, SHARE], baseline="base"
     )
-    ((_, n, ce, _, agreement, _),) = against_lines(build_table(spec, records))[1]
+    ((_, n, ce, _, agreement, _),) = against(build_table(spec, records))[1]
     assert n == "5"
     assert "(n=" not in ce
     assert agreement.endswith("(n=3)")
@@ -141,14 +155,14 @@ def test_a_column_with_fewer_pairs_than_its_line_says_so():
 
 def test_the_difference_is_printed_with_its_sign_its_interval_and_its_unit():
     values = {"base": [0.1, 0.2, 0.3], "up": [0.2, 0.31, 0.42]}
-    head, ((_, n, text, p),) = against_lines(table_of(values, (SHARE,)))
+    head, ((_, n, text, p),) = against(table_of(values, (SHARE,)))
     assert head == ["", "n", "agreement (points) ↑", "p"]
     assert (n, text) == ("3", "**+11.0** [+8.5, +13.5]")
     assert p == "0.003"
 
 
 def test_equal_rows_differ_by_nothing_and_have_no_p():
-    (line,) = against_lines(table_of({"base": BASE, "same": BASE}))[1]
+    (line,) = against(table_of({"base": BASE, "same": BASE}))[1]
     assert line == ["same", "5", "0.00 [0.00, 0.00]", "—"]
 
 
@@ -192,5 +206,42 @@ def test_the_csv_has_both_ps_and_the_interval_in_recorded_units():
 
 
 def test_without_records_the_second_table_is_all_dashes():
-    assert against_lines(table_of({"base": [], "x": []}))[1] == [["x", "—", "—", "—"]]
+    assert against(table_of({"base": [], "x": []}))[1] == [["x", "—", "—", "—"]]
     assert "sign-flip" not in render_markdown(table_of({"base": [], "x": []}))
+
+
+def test_a_bootstrap_interval_is_shown_and_named_where_it_is_asked_for():
+    values = {"base": BASE, "clear": CLEAR}
+    by_t, by_bootstrap = (table_of(values, interval=kind) for kind in ("t", "bootstrap"))
+    low, high = bootstrap_interval([a - b for a, b in zip(CLEAR, BASE, strict=True)], 0.95)
+    (line,) = against(by_bootstrap)[1]
+    assert line[2] == f"**-1.00** [{low:+.2f}, {high:+.2f}]"
+    assert line[2] != against(by_t)[1][0][2]
+    assert line[3] == against(by_t)[1][0][3]
+    (_, row) = csv.DictReader(io.StringIO(render_csv(by_bootstrap)))
+    assert float(row["val/ce_difference_low"]) == low
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [(5, "with 5 it holds the true mean in about 84 of 100 cases"), (12, "a little too narrow")],
+)
+def test_the_note_names_the_interval_the_number_of_pairs_and_what_few_of_them_do(pairs, expected):
+    base = [float(seed) for seed in range(pairs)]
+    values = {"base": base, "x": [b - 1 - 0.1 * (b % 3) for b in base]}
+    text = render_markdown(table_of(values, interval="bootstrap"))
+    assert "paired bootstrap over them (BCa, 9,999 resamples)" in text
+    assert "t distribution; p" not in text
+    assert expected in text
+    by_t = render_markdown(table_of(values))
+    assert "by the paired t distribution" in by_t
+    assert "bootstrap" not in by_t
+
+
+def test_a_table_with_bootstrap_intervals_is_the_same_each_time_it_is_rendered():
+    rng = random.Random(0)
+    values = {name: [rng.gauss(0, 1) for _ in range(9)] for name in ("base", "x", "y")}
+    first, second = (table_of(values, interval="bootstrap") for _ in range(2))
+    text = render_csv(first)  # which has all digits
+    _interval.cache_clear()
+    assert render_csv(second) == text

@@ -40,6 +40,12 @@ def test_one_value_and_a_list_of_values_are_both_legal_in_where(tmp_path):
     assert row.where == {"method": ["neo"], "seed": [0, 1]}
 
 
+def test_a_list_that_is_a_value_stands_in_a_list(tmp_path):
+    rows = "{label: A, where: {lora.target_modules: [[q_proj, v_proj], all-linear]}}"
+    (row,) = spec_of(tmp_path, table(rows=rows)).rows
+    assert row.where == {"lora.target_modules": [["q_proj", "v_proj"], "all-linear"]}
+
+
 COMPARED = "{metric: val/ce, compare: true}"
 
 
@@ -47,11 +53,12 @@ def test_a_baseline_a_choice_and_what_a_column_shows_are_read(tmp_path):
     (tmp_path / "more.md").write_text("# More\n", encoding="utf-8")
     columns = "{metric: val/ce, compare: true, range: true}, {config: optim.lr, label: lr}"
     more = (
-        "baseline: Neo\nchoose: {by: lora, key: optim.lr, metric: val/kd}\ninclude: more.md\n"
+        "baseline: Neo\ninterval: bootstrap\n"
+        "choose: {by: lora, key: optim.lr, metric: val/kd}\ninclude: more.md\n"
         "figures: [{kind: seeds, x: val/ce}]"
     )
     spec = spec_of(tmp_path, table(columns=columns, more=more))
-    assert (spec.baseline, spec.included) == ("Neo", "# More\n")
+    assert (spec.baseline, spec.interval, spec.included) == ("Neo", "bootstrap", "# More\n")
     assert (spec.choose.by, spec.choose.key, spec.choose.metric) == ("lora", "optim.lr", "val/kd")
     ce, lr = spec.columns
     assert (ce.source, ce.compare, ce.range) == ("metric", True, True)
@@ -109,6 +116,11 @@ WRONG = [
         ),
         "'A' is no competing row of group 'h'; legal: B",
     ),
+    (
+        table(columns=COMPARED, more="baseline: Neo\ninterval: normal"),
+        "interval: 'normal', legal: t, bootstrap",
+    ),
+    (table(more="interval: bootstrap"), "interval: .* there is no 'baseline'"),
     (table(more="choose: {by: lora, key: optim.lr}"), r"'choose\.metric' is missing"),
     (table(more="choose: [lora]"), "'choose' is .*, not of type dict"),
     (

@@ -1,20 +1,42 @@
-"""Numbers and lines as the tables print them."""
+"""A table as Markdown."""
 
 from collections.abc import Sequence
 
-MISSING = "—"
+from neo.results.cells import against_lines, headers, lines
+from neo.results.notes import against_note, failures, origin, rule
+from neo.results.printing import Cell
+from neo.results.tables import Table
 
 
-def number(value: float | int, decimals: int, *, sign: bool = False) -> str:
-    """Return the number with `decimals` places and separated thousands; never a minus zero."""
-    # Adding 0.0 turns the -0.0 that rounding leaves into 0.0.
-    rounded = round(float(value), decimals) + 0.0
-    return f"{rounded:+,.{decimals}f}" if sign and rounded else f"{rounded:,.{decimals}f}"
+def render_markdown(table: Table, notes: Sequence[str] = ()) -> str:
+    """Return the table as Markdown, with what it was made from under it.
+
+    Args:
+        table: Rows and their runs.
+        notes: Lines to stand under the table, such as what was chosen from it.
+    """
+    spec = table.spec
+    parts = [f"# {spec.title}", "", *_grid(table, headers(table), lines(table)), ""]
+    parts += [spec.note, ""] if spec.note else []
+    parts += [rule(table)]
+    if spec.baseline:
+        parts += ["", f"## Against {spec.baseline}, seed by seed", ""]
+        parts += [*_grid(table, *against_lines(table)), "", against_note(table)]
+    if table.failed:
+        parts += ["", "Runs that did not finish:", ""]
+        parts += [f"- {plain(text)}" for text in failures(table)]
+    if notes:
+        parts += ["", *notes]
+    parts += ["", *(f"- {fact}" for fact in origin(table))]
+    if spec.included:
+        parts += ["", spec.included.strip("\n")]
+    return "\n".join(parts) + "\n"
 
 
-def p_value(p: float) -> str:
-    """Return a p-value with three places."""
-    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+def marked(cell: Cell) -> str:
+    """Return the cell with Markdown's marks around what is bold or italic."""
+    mark = "**" if cell.bold else "*" if cell.italic else ""
+    return f"{mark}{cell.text}{mark}{cell.rest}"
 
 
 def line(cells: Sequence[str]) -> str:
@@ -25,3 +47,9 @@ def line(cells: Sequence[str]) -> str:
 def plain(text: str) -> str:
     """Return the text on one line, safe inside a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _grid(table: Table, head: list[str], body: list[list[Cell]]) -> list[str]:
+    left = 2 if table.has_groups else 1
+    rule = line(["---"] * left + ["--:"] * (len(head) - left))
+    return [line(head), rule, *(line([marked(cell) for cell in row]) for row in body)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from neo.results.bootstrap import bootstrap_interval
+
 CONFIDENCE = 0.95
 ROUNDING = 1e-12  # differences that spread less than this share of the numbers are equal
 
@@ -17,7 +19,7 @@ class Paired:
 
     Attributes:
         difference: Mean of the differences.
-        low: Lower end of its 95 % confidence interval by the t distribution.
+        low: Lower end of its 95 % confidence interval.
         high: Upper end.
         p: Of the two-sided paired t test; None where all differences are equal, so that there is no
             spread to hold the mean against.
@@ -31,8 +33,15 @@ class Paired:
     n: int
 
 
-def paired_t(numbers: Sequence[float], baseline: Sequence[float]) -> Paired | None:
+def paired_t(
+    numbers: Sequence[float], baseline: Sequence[float], interval: str = "t"
+) -> Paired | None:
     """Return how `numbers` differ from `baseline`, pair by pair; None for fewer than two pairs.
+
+    Args:
+        numbers: One of each pair.
+        baseline: The other, in the same order.
+        interval: "t", by the t distribution, or "bootstrap". The test is the t test with both.
 
     Raises:
         ValueError: The two are not equally long.
@@ -50,8 +59,10 @@ def paired_t(numbers: Sequence[float], baseline: Sequence[float]) -> Paired | No
     if spread <= ROUNDING * max(abs(number) for number in (*numbers, *baseline)):
         return Paired(mean, mean, mean, None, n)
     error = spread / math.sqrt(n)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+    if interval == "bootstrap":
+        return Paired(mean, *bootstrap_interval(differences, CONFIDENCE), p, n)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return Paired(mean, mean - reach, mean + reach, p, n)
 
 

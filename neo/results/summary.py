@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from neo.results.metrics import quantity
@@ -26,10 +26,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row and the finished runs behind it, a seed each."""
+    """One row and the runs behind it.
+
+    Attributes:
+        runs: Those that finished, a seed each.
+        failed: The others, whatever stopped them.
+    """
 
     spec: RowSpec
     runs: list[RunRecord]
+    failed: list[RunRecord] = field(default_factory=list)
 
 
 def number_of(run: RunRecord, key: str) -> float | None:

@@ -13,7 +13,9 @@ from neo.results.metrics import field_info, metric_info
 from neo.results.panel_spec import PanelSpec, read_panel
 
 Scalar = str | int | float | bool | None
+Value = Scalar | list[Scalar]  # a list of values stands for itself where it stands in a list
 SOURCES = ("metric", "field", "config")
+INTERVALS = ("t", "bootstrap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class RowSpec:
     """
 
     label: str
-    where: dict[str, list[Scalar]]
+    where: dict[str, list[Value]]
     group: str = ""
     reference: bool = False
     paper: dict[str, float | int] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class TableSpec:
 
     Attributes:
         baseline: Label of the row, one in each group, that the others are compared with; or empty.
+        interval: Of the differences to the baseline, one of `INTERVALS`.
         choose: What is chosen from the runs of the table.
         included: Markdown to stand under the table.
     """
@@ -97,6 +100,7 @@ class TableSpec:
     group_label: str = ""
     figures: list[PanelSpec] = field(default_factory=list)
     baseline: str = ""
+    interval: str = "t"
     choose: ChooseSpec | None = None
     included: str = ""
 
@@ -134,6 +138,7 @@ def _table(node: Any, folder: Path) -> TableSpec:
         group_label=entries.take("group_label", str, default=""),
         figures=figures,
         baseline=entries.take("baseline", str, default=""),
+        interval=entries.take("interval", str, default="t"),
         choose=None if choose is None else _choose(choose),
         included=_included(entries.take("include", str, default=""), folder),
     )
@@ -158,7 +163,11 @@ def _table(node: Any, folder: Path) -> TableSpec:
 def _check_baseline(spec: TableSpec) -> None:
     """Raise ValueError unless the baseline is one row of every group, and something is compared."""
     compared = [column.key for column in spec.columns if column.compare]
+    if spec.interval not in INTERVALS:
+        raise ValueError(f"interval: {spec.interval!r}, legal: {', '.join(INTERVALS)}")
     if not spec.baseline:
+        if spec.interval != "t":
+            raise ValueError("interval: is that of differences, but there is no 'baseline'")
         if compared:
             raise ValueError(f"columns: {compared[0]} has 'compare', but there is no 'baseline'")
         return
