@@ -400,13 +400,13 @@ def test_held_out_kd_is_the_first_curve_and_a_single_value_is_none(tmp_path):
     assert (data["steps"][steps], values) == ([1, 2], [3, 3])
 
 
-def test_curves_have_six_digits_and_steps_are_stored_once(tmp_path):
-    path = log_of(tmp_path, "step,train/loss,train/ce\n1,0.123456789,1\n2,123456789,2.5\n")
+def test_curves_have_the_digits_of_the_log_and_steps_are_stored_once(tmp_path):
+    path = log_of(tmp_path, "step,train/loss,train/ce\n1,0.12345678,1\n2,123456789,2.5\n")
     runs = four_runs()
     data = Page(page_of(tmp_path, runs, {r.run_id: path for r in runs})).data
     assert data["steps"] == [[1, 2]]
     assert data["curves"][0] == {
-        "train/loss": [0, [0.123457, 123456789]],
+        "train/loss": [0, [0.12345678, 123456789]],
         "train/ce": [0, [1, 2.5]],
     }
 
@@ -440,7 +440,7 @@ def test_a_page_of_many_long_curves_stays_within_its_points(tmp_path):
     text = page_of(tmp_path, [run], {run.run_id: path})
     _, values = Page(text).data["curves"][0]["train/loss"]
     assert len(values) <= MOST_POINTS
-    assert f"one of more than {MOST_POINTS} points is thinned" in text
+    assert f"A curve of more than {MOST_POINTS} points is thinned" in text
 
 
 def test_a_run_of_a_real_search_takes_less_than_5_kb():
@@ -529,5 +529,6 @@ def test_ticks_are_round_and_inside():
     assert linear == [[0.38, 0.4, 0.42, 0.44, 0.46, 0.48], [0, 100, 200, 300, 400, 500], [5]]
     assert evaluate("logTicks(0.3, 40, 6)") == [0.5, 1, 2, 5, 10, 20]
     assert evaluate("logTicks(1e-7, 1, 6)") == [10**-k for k in range(7, -1, -1)]
-    texts = evaluate("[0.1, 0.0001, 0.00001, 1500, 2e6].map(tickText)")
+    assert evaluate("tickTexts([0.38, 0.4, 0.42], false)") == ["0.38", "0.40", "0.42"]
+    texts = evaluate("tickTexts([0.1, 0.0001, 0.00001, 1500, 2e6], true)")
     assert texts == ["0.1", "0.0001", "1e-5", "1,500", "2e6"]

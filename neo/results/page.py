@@ -61,9 +61,8 @@ def render_page(
         facts=_facts(table, records),
         summary=_summary(table, records, notes),
         thinned=html.escape(
-            f"Curves are as logged, with six digits; one of more than {data['points_per_curve']} "
-            "points is thinned to its ends and the lowest and highest of each stretch. Tokens "
-            "between two logged steps lie on a line between them."
+            f"A curve of more than {data['points_per_curve']} points is thinned to its ends and "
+            "the lowest and highest of each stretch. Tokens between logged steps lie on a line."
         ),
         settled=html.escape(
             "What is the same in all runs, or settled by one choice, stands in the details only."

@@ -72,7 +72,7 @@ def thin(curve: Curve, limit: int) -> Curve:
 
 
 def short(number: float) -> float | int:
-    """Return the number with six digits, more than a screen shows; whole ones as they are."""
+    """Return the number with eight digits, as many as the log has; whole ones as they are."""
     if number == int(number) and abs(number) < 2**53:
         return int(number)
-    return float(f"{number:.6g}")
+    return float(f"{number:.8g}")

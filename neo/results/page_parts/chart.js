@@ -42,13 +42,17 @@ function drawCurves(svg, series, { isLog, xLabel, yLabel }) {
   const y = scaleOf(ys[0], ys[1], height - EDGE.bottom, EDGE.top, isLog);
 
   const grid = shape("g", { class: "grid" });
-  for (const tick of (isLog ? logTicks : ticks)(ys[0], ys[1], 8)) {
+  const up = (isLog ? logTicks : ticks)(ys[0], ys[1], 8);
+  const upTexts = tickTexts(up, isLog);
+  for (const [i, tick] of up.entries()) {
     grid.append(shape("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y(tick), y2: y(tick) }));
-    grid.append(shape("text", { x: EDGE.left - 8, y: y(tick) + 4, "text-anchor": "end" }, tickText(tick)));
+    grid.append(shape("text", { x: EDGE.left - 8, y: y(tick) + 4, "text-anchor": "end" }, upTexts[i]));
   }
-  for (const tick of ticks(lowX, highX, Math.max(2, Math.floor(width / 130)))) {
+  const across = ticks(lowX, highX, Math.max(2, Math.floor(width / 130)));
+  const acrossTexts = tickTexts(across, false);
+  for (const [i, tick] of across.entries()) {
     grid.append(shape("line", { x1: x(tick), x2: x(tick), y1: height - EDGE.bottom, y2: height - EDGE.bottom + 5, class: "tick" }));
-    grid.append(shape("text", { x: x(tick), y: height - EDGE.bottom + 19, "text-anchor": "middle" }, tickText(tick)));
+    grid.append(shape("text", { x: x(tick), y: height - EDGE.bottom + 19, "text-anchor": "middle" }, acrossTexts[i]));
   }
   grid.append(shape("line", { x1: EDGE.left, x2: width - EDGE.right, y1: height - EDGE.bottom, y2: height - EDGE.bottom, class: "tick" }));
   grid.append(shape("text", { x: (EDGE.left + width - EDGE.right) / 2, y: height - 6, "text-anchor": "middle", class: "label" }, xLabel));

@@ -102,8 +102,10 @@ function point(number) {
 // Left and right go along a line, up and down from line to line at the same place.
 function pointByKey(event) {
   const spot = placed[pointed];
-  const enter = event.key === "Enter" && spot;
-  if (enter) return openDetails(byId("details"), spot.line.run, data);
+  if (event.key === "Enter" && spot) {
+    event.preventDefault(); // or the same key presses the dialog's first button
+    return openDetails(byId("details"), spot.line.run, data);
+  }
   if (event.key === "Escape") return point(-1);
   if (!["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"].includes(event.key) || !placed.length) return;
   event.preventDefault();

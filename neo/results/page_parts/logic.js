@@ -141,10 +141,14 @@ function logTicks(low, high, count) {
   return found;
 }
 
-function tickText(tick) {
-  const size = Math.abs(tick);
-  if (size >= 1e6 || (size > 0 && size < 1e-4)) return tick.toExponential().replace("e+", "e");
-  return printed(tick, (String(tick).split(".")[1] || "").length);
+// Returns the texts of ticks, with the same decimals where they are equally far apart.
+function tickTexts(found, isLog) {
+  const places = found.map((tick) => (String(tick).split(".")[1] || "").length);
+  return found.map((tick, i) => {
+    const size = Math.abs(tick);
+    if (size >= 1e6 || (size > 0 && size < 1e-4)) return tick.toExponential().replace("e+", "e");
+    return printed(tick, isLog ? places[i] : Math.max(...places));
+  });
 }
 
 // Returns the supervised tokens seen at a step, on a line between the steps that logged them; after

@@ -31,10 +31,10 @@ const bodies = runs.map((run) => {
     else cell.textContent = cellText(value, column);
     line.append(cell);
   }
-  line.addEventListener("click", (event) => {
+  const body = make("tbody", {}, line);
+  body.addEventListener("click", (event) => {
     if (!event.target.closest("input, .box")) openDetails(byId("details"), run, data);
   });
-  const body = make("tbody", {}, line);
   body.dataset.run = record.run_id;
   if (record.status !== "ok") {
     body.classList.add("stopped");
