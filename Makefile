@@ -48,10 +48,11 @@ test: $(READY) ## the tests, a process for each core
 test-all: $(READY) ## the tests, slow ones too
 	$(SMALL) $(BIN)/pytest $(PARALLEL) -m 'not gpu or gpu'
 
-check: $(READY) ## format, lint, types
+check: $(READY) ## format, lint, types, and that committed tables are what their records give
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m neo.report check=true
 
 bench: $(READY) ## speed and memory: the loss against its peers, a step against the plain way, each variant against lora
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

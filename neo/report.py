@@ -1,4 +1,4 @@
-"""Renders an experiment's tables and figure from its records: `python -m neo.report NAME`."""
+"""Renders an experiment from its records, as tables, figures and a page: `neo.report NAME`."""
 
 import sys
 from collections.abc import Sequence
@@ -16,20 +16,22 @@ from neo.results.tables import Table, build_table
 from neo.results.terminal import print_table
 
 USAGE = """\
-python -m neo.report NAME [runs=DIR] [experiments=DIR] [out=DIR]
+python -m neo.report NAME [runs=DIR] [experiments=DIR] [out=DIR] [wandb=push]
 python -m neo.report [NAME] check=true [experiments=DIR]
 
-Renders table.md, table.csv, table.tex and figure.png of the experiment NAME from its records, by
-what experiments/NAME/table.yaml asks for, and prints the table; with `choose` also chosen.txt. An
-experiment that has no table.yaml gets one to start from, with a row for each setting of its runs.
+Renders table.md, table.csv, table.tex, figure.png (figure-X.png too, of each panel with a name) and
+report.html of the experiment NAME from its records, by what experiments/NAME/table.yaml asks for,
+and prints the table; with `choose` also chosen.txt. An experiment that has no table.yaml gets one
+to start from, with a row for each setting of its runs.
 
-  runs=DIR         first copy the records under DIR/NAME into experiments/NAME/results;
-                   one that is recorded there is never changed
+  runs=DIR         first copy the records under DIR/NAME into experiments/NAME/results; one that
+                   is recorded there is never changed, unless the run had failed and was run again
   experiments=DIR  where the experiments lie (default: experiments)
   out=DIR          with runs=: copy nothing; render into out, with each record under DIR/NAME in
                    the place of the recorded run of the same id
   check=true       write nothing; say where the rendered files are not what the records give, for
                    all experiments with a table.yaml where no NAME is given
+  wandb=push       make the experiment's view in W&B, too; nothing is sent without it
 
 Exit status: 0 rendered, or all is as it should be; 1 check=true found a difference; 2 something is
 wrong with what was asked for or with a record.
@@ -37,6 +39,7 @@ wrong with what was asked for or with a record.
 FOLDERS = ("runs", "experiments", "out")
 TEXTS = ("table.md", "table.csv", "table.tex", "chosen.txt")
 FIGURE = "figure.png"
+PAGE = "report.html"
 SHOWN = 60  # characters of a line that differs
 
 
@@ -47,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     try:
-        names, folders, checks = _parse(arguments)
-        if not checks:
-            report(names[0], **folders)
+        names, folders, flags = _parse(arguments)
+        if "check" not in flags:
+            table = report(names[0], **folders)
+            if "wandb" in flags:
+                from neo.results.dashboard import push
+
+                print(push(names[0], table))
             return 0
         experiments = folders.get("experiments", Path("experiments"))
         names = names or _known(experiments)
@@ -69,26 +76,38 @@ class Report:
     """What is to be rendered.
 
     Attributes:
+        records: Of all runs, those that stand in no row, too.
         curves: Run id to a copy of the run's `metrics.csv`, for the runs that have one.
     """
 
     name: str
     table: Table
+    records: list[RunRecord]
     choices: list[Choice]
     curves: dict[str, Path]
 
     def texts(self) -> dict[str, bytes]:
         """Return the content of every file of text, by its name."""
-        spec = self.table.spec.choose
-        chosen = notes(spec, self.choices) if spec else []
         found = {
-            "table.md": render_markdown(self.table, chosen),
+            "table.md": render_markdown(self.table, self.notes),
             "table.csv": render_csv(self.table),
-            "table.tex": render_latex(self.table, self.name, chosen),
+            "table.tex": render_latex(self.table, self.name, self.notes),
         }
-        if spec:
+        if spec := self.table.spec.choose:
             found["chosen.txt"] = overrides(spec, self.choices)
         return {name: text.encode() for name, text in found.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines on what was chosen."""
+        spec = self.table.spec.choose
+        return notes(spec, self.choices) if spec else []
+
+    def page(self) -> bytes:
+        """Return report.html."""
+        from neo.results.page import render_page  # for the same reason
+
+        return render_page(self.table, self.records, self.curves, self.notes).encode()
 
     def figure(self) -> bytes | None:
         """Return the figure as PNG, or None where there is nothing to draw."""
@@ -96,6 +115,12 @@ class Report:
         from neo.results.figures import draw_figure
 
         return draw_figure(self.table, self.curves)
+
+    def named_figures(self) -> dict[str, bytes]:
+        """Return the panels that are files of their own, by the files' names."""
+        from neo.results.figures import draw_named
+
+        return draw_named(self.table, self.curves)
 
 
 def report(
@@ -128,7 +153,14 @@ def report(
     found = _read(name, spec, sources if out is not None else [folder])
     target = folder if out is None else out
     target.mkdir(parents=True, exist_ok=True)
-    files = {**dict.fromkeys(TEXTS), **found.texts(), FIGURE: found.figure()}
+    files = {
+        **dict.fromkeys(TEXTS),
+        **dict.fromkeys(path.name for path in target.glob("figure-*.png")),
+        **found.texts(),
+        FIGURE: found.figure(),
+        **found.named_figures(),
+        PAGE: found.page(),
+    }
     for file, content in files.items():
         if content is None:
             (target / file).unlink(missing_ok=True)  # what it showed is no longer there
@@ -164,8 +196,8 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
     """Copy new records and logs under `runs` into `results`; return the new records' paths.
 
     Raises:
-        ValueError: A record belongs to another experiment, or its run is recorded in `results`
-            with other content, which is never changed.
+        ValueError: A record belongs to another experiment, or its run came to its end and is
+            recorded in `results` with other content, which is never changed.
     """
     recorded = {read_record(path).run_id: path for path in sorted(results.glob("*.json"))}
     new = []
@@ -185,7 +217,13 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
             write_atomically(target, path.read_bytes())
             recorded[record.run_id] = target
             new.append(target)
-        elif known.read_bytes() != path.read_bytes():
+        elif known.read_bytes() == path.read_bytes():
+            continue
+        elif read_record(known).status != "ok":  # what failed was run again
+            if _log(path).is_file():
+                write_atomically(_log(known), _log(path).read_bytes())
+            write_atomically(known, path.read_bytes())
+        else:
             raise ValueError(
                 f"{path}: run {record.run_id} is recorded with other content in {known}, and what "
                 "is recorded is not edited; use out=DIR to render these runs elsewhere"
@@ -193,26 +231,29 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
     return new
 
 
-def _parse(arguments: list[str]) -> tuple[list[str], dict[str, Path], bool]:
-    """Return the names, the folders by option, and whether only to check."""
+def _parse(arguments: list[str]) -> tuple[list[str], dict[str, Path], set[str]]:
+    """Return the names, the folders by option, and which of check and wandb are asked for."""
     names = [argument for argument in arguments if "=" not in argument]
     folders: dict[str, Path] = {}
-    checks = False
+    flags: set[str] = set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             continue
-        if key == "check" and value in ("true", "false"):
-            checks = value == "true"
+        if (key, value) in (("check", "true"), ("wandb", "push")):
+            flags.add(key)
         elif key in FOLDERS and value:
             folders[key] = Path(value)
         else:
-            raise ValueError(f"{argument!r}; legal: {'=DIR, '.join(FOLDERS)}=DIR, check=true")
-    if len(names) > 1 or not (names or checks):
+            legal = f"{'=DIR, '.join(FOLDERS)}=DIR, check=true, wandb=push"
+            raise ValueError(f"{argument!r}; legal: {legal}")
+    if len(names) > 1 or not (names or "check" in flags):
         raise ValueError(f"one experiment's name is needed, got {len(names)}; see --help")
-    if checks and {"runs", "out"} & set(folders):
-        raise ValueError("check=true compares what lies in experiments; it takes no runs=, no out=")
-    return names, folders, checks
+    if "check" in flags and ({"runs", "out"} & set(folders) or "wandb" in flags):
+        raise ValueError(
+            "check=true compares what lies in experiments; it takes no runs=, out= or wandb="
+        )
+    return names, folders, flags
 
 
 def _known(experiments: Path) -> list[str]:
@@ -249,10 +290,11 @@ def _records(sources: list[Path]) -> list[tuple[Path, RunRecord]]:
 def _read(name: str, spec: TableSpec, sources: list[Path]) -> Report:
     """Return what is to be rendered; of records of one run, that under the last source counts."""
     latest = {record.run_id: (path, record) for path, record in _records(sources)}
-    table = build_table(spec, [record for _, record in latest.values()])
+    records = [record for _, record in latest.values()]
+    table = build_table(spec, records)
     curves = {run_id: log for run_id, (path, _) in latest.items() if (log := _log(path)).is_file()}
     choices = [] if spec.choose is None else choose(spec.choose, spec.rows, table.runs)
-    return Report(name, table, choices, curves)
+    return Report(name, table, records, choices, curves)
 
 
 def _difference(path: Path, expected: bytes | None) -> str:

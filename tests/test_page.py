@@ -14,7 +14,7 @@ from example_runs import example_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neo.results.markdown import number
+from neo.results.cells import against_lines, headers, lines
 from neo.results.page import PARTS, embedded, render_page
 from neo.results.page_curves import (
     FEWEST_POINTS,
@@ -25,9 +25,10 @@ from neo.results.page_curves import (
     thin,
 )
 from neo.results.page_data import Setting, settings
+from neo.results.printing import number
 from neo.results.records import find_records, read_record
 from neo.results.table_spec import read_table_spec
-from neo.results.tables import against_lines, build_table, headers, lines
+from neo.results.tables import build_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028\u2029&amp;'\"$title`"
@@ -264,9 +265,10 @@ def test_a_page_without_runs_or_curves_is_a_page(tmp_path, runs):
 def test_the_tables_over_seeds_have_the_text_of_the_rendered_ones(name):
     table, records, curves = committed(name)
     page = Page(render_page(table, records, curves))
-    bare = [re.sub(r"\*", "", text) for line in lines(table) for text in line]
+    cells = [cell for line in lines(table) for cell in line]
     if table.spec.baseline:
-        bare += [text.replace("**", "") for line in against_lines(table)[1] for text in line]
+        cells += [cell for line in against_lines(table)[1] for cell in line]
+    bare = [cell.text + cell.rest for cell in cells]
     body = [
         "".join(text)
         for tag, attrs, text in page.elements
@@ -276,8 +278,8 @@ def test_the_tables_over_seeds_have_the_text_of_the_rendered_ones(name):
     shown = [re.sub(r"[ ()]", "", text) for text in page.texts("th", scope="col")]
     wanted = headers(table) + (against_lines(table)[0] if table.spec.baseline else [])
     assert shown == [re.sub(r"[ ()]", "", text) for text in wanted]
-    bold = [text for line in lines(table) for text in line if "**" in text]
-    assert len(page.texts("strong")) >= len(bold)
+    assert page.texts("strong") == [cell.text for cell in cells if cell.bold]
+    assert page.texts("em") == [cell.text for cell in cells if cell.italic]
 
 
 def test_origin_names_command_code_device_and_versions(tmp_path):

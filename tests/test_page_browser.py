@@ -18,9 +18,9 @@ import pytest
 from example_runs import example_run
 from PIL import Image
 
-from neo.results.markdown import number
 from neo.results.page import render_page
 from neo.results.panels import COLOURS
+from neo.results.printing import number
 from neo.results.records import find_records, read_record
 from neo.results.summary import number_of
 from neo.results.table_spec import read_table_spec

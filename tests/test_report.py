@@ -54,7 +54,7 @@ def test_records_and_logs_of_the_runs_are_collected_and_rendered(place):
     assert main(["mini", "runs=runs"]) == 0
     found = files(place / "experiments" / "mini")
     names = [f"results/{m}-{s}-{m}{s}" for m in ("sft", "neo") for s in range(2)]
-    expected = {"table.yaml", "figure.png", *TEXTS}
+    expected = {"table.yaml", "figure.png", "report.html", *TEXTS}
     assert set(found) == expected | {f"{n}.{end}" for n in names for end in ("json", "csv")}
     assert "| Neo | 2 | 75.0 |" in found["table.md"].decode()
     assert found["figure.png"].startswith(b"\x89PNG")
@@ -79,11 +79,40 @@ def test_a_recorded_run_is_never_edited(place, capsys):
     assert files(place / "experiments") == kept
 
 
+def test_a_run_that_failed_and_was_run_again_takes_the_place_of_its_failure(place, capsys):
+    failed = example_run("neo", 5, status="oom", error="too big")
+    write_record(failed, place / "runs/mini/neo5")
+    assert main(["mini", "runs=runs"]) == 0
+    assert "oom (too big)" in capsys.readouterr().out
+    write_record(
+        example_run("neo", 5, metrics={"eval/mini/exact_match": 0.75}), place / "runs/mini/neo5"
+    )
+    (place / "runs/mini/neo5/metrics.csv").write_text("step,val/kd\n1,0.5\n")
+    assert main(["mini", "runs=runs"]) == 0
+    assert "oom" not in capsys.readouterr().out
+    results = files(place / "experiments/mini/results")
+    assert results["neo-5-neo5.csv"].startswith(b"step")
+    assert len(results) == 10
+
+
+def test_a_view_in_wandb_is_made_only_when_asked_for(place, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(
+        "neo.results.dashboard.push", lambda name, table: made.append((name, table)) or "an address"
+    )
+    assert main(["mini", "runs=runs"]) == 0
+    assert not made
+    assert main(["mini", "runs=runs", "wandb=push"]) == 0
+    ((name, table),) = made
+    assert (name, table.spec.title) == ("mini", "Four methods")
+    assert "an address" in capsys.readouterr().out
+
+
 def test_out_touches_nothing_of_the_experiment(place):
     before = files(place / "experiments")
     assert main(["mini", "runs=runs", "out=mine"]) == 0
     assert files(place / "experiments") == before
-    assert set(files(place / "mine")) == {"figure.png", *TEXTS}
+    assert set(files(place / "mine")) == {"figure.png", "report.html", *TEXTS}
 
 
 def test_out_shows_ones_own_runs_in_the_place_of_the_recorded_ones(place, capsys):
@@ -121,7 +150,7 @@ def test_a_figure_that_nothing_is_left_for_is_removed(place):
         write_record(example_run(path.parent.name[:-1], int(path.parent.name[-1])), path.parent)
         (path.parent / "metrics.csv").unlink()
     main(["mini", "runs=runs", "out=mine"])
-    assert set(files(place / "mine")) == TEXTS
+    assert set(files(place / "mine")) == {"report.html", *TEXTS}
 
 
 SEARCH = """
@@ -195,10 +224,12 @@ def test_the_comparison_with_a_baseline_is_printed(place, capsys):
         (["mini", "experiments=nowhere"], "there is none"),
         (
             ["mini", "run=runs"],
-            "'run=runs'; legal: runs=DIR, experiments=DIR, out=DIR, check=true",
+            "'run=runs'; legal: runs=DIR, experiments=DIR, out=DIR, check=true, wandb=push",
         ),
         (["mini", "check=yes"], "'check=yes'; legal: "),
-        (["mini", "check=true", "runs=runs"], "it takes no runs=, no out="),
+        (["mini", "wandb=true"], "'wandb=true'; legal: "),
+        (["mini", "check=true", "wandb=push"], "it takes no runs=, out= or wandb="),
+        (["mini", "check=true", "runs=runs"], "it takes no runs=, out="),
         (["mini2", "check=true"], "no experiment 'mini2' in experiments"),
         (["mini2"], "with runs=DIR one is started from DIR/mini2"),
         (["mini", "runs="], "legal: runs=DIR"),

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from neo.results.keyed_runs import KeyedRun, KeyedRuns, MeasuredRun, averaged_over
-from neo.results.markdown import number
 from neo.results.metrics import Metric
+from neo.results.printing import number
 from neo.results.scales import KeyScale, key_scale
 
 Cell = tuple[int, ...]  # which value of each key

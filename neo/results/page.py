@@ -10,22 +10,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from neo.results.cells import against_lines, headers, lines
+from neo.results.notes import against_note, rule
 from neo.results.page_data import page_data
 from neo.results.panels import COLOURS
+from neo.results.printing import Cell
 from neo.results.records import RunRecord
-from neo.results.tables import Table, against_lines, headers, lines
+from neo.results.tables import Table
 
 PARTS = Path(__file__).parent / "page_parts"
 SCRIPTS = ("logic.js", "chart.js", "details.js", "runs.js", "curves.js", "start.js")
-
-RULE = (
-    "Mean ± sample standard deviation over n seeds. Bold: clearly best by the rule that table.md "
-    "states. A run that did not finish is in no mean."
-)
-AGAINST = (
-    " is subtracted, seed by seed; in brackets the 95 % interval; p after Holm's correction. "
-    "What they rest on stands in table.md."
-)
 
 
 def render_page(
@@ -103,18 +97,12 @@ def _facts(table: Table, records: Sequence[RunRecord]) -> str:
 
 def _summary(table: Table, records: Sequence[RunRecord], notes: Sequence[str]) -> str:
     """Return the tabs: the table, its comparison with the baseline, notes, origin, added text."""
-    grouped = any(row.spec.group for row in table.rows)
-    left = 2 if grouped else 1
-    references = [row.spec.reference for row in table.rows]
-    body = [
-        [*line[: left - 1], line[left - 1].strip("*"), *line[left:]] if reference else line
-        for line, reference in zip(lines(table), references, strict=True)
-    ]
-    panels = [("Over seeds", _table(headers(table), body, left, references) + _small(RULE))]
+    left = 2 if table.has_groups else 1
+    panels = [("Over seeds", _table(headers(table), lines(table), left) + _small(rule(table)))]
     if table.spec.baseline:
         head, rows = against_lines(table)
         base = table.spec.baseline
-        panels.append((f"Against {base}", _table(head, rows, left) + _small(f"{base}{AGAINST}")))
+        panels.append((f"Against {base}", _table(head, rows, left) + _small(against_note(table))))
     if notes:
         panels.append(("Notes", f'<pre class="card">{html.escape(chr(10).join(notes))}</pre>'))
     panels.append(("Origin", _origin(table, records)))
@@ -136,17 +124,15 @@ def _summary(table: Table, records: Sequence[RunRecord], notes: Sequence[str]) -
 
 def _table(
     head: Sequence[str],
-    body: Sequence[Sequence[str]],
+    body: Sequence[Sequence[Cell]],
     left: int,
-    references: Sequence[bool] = (),
 ) -> str:
     """Return a table of printed cells, of which the first `left` columns are texts.
 
     Args:
         head: Headers; a unit in brackets goes under its label.
-        body: Rows of cells as they stand in table.md, with `**` around what is bold.
+        body: Rows of cells.
         left: Number of columns that are no numbers.
-        references: Which rows are set in italics; none where it is empty.
     """
     kinds = ["" if i < left else ' class="number"' for i in range(len(head))]
     kinds[left - 1] = ' class="stick"'
@@ -155,15 +141,13 @@ def _table(
         for kind, text in zip(kinds, head, strict=True)
     )
     rows = []
-    for i, line in enumerate(body):
+    for line in body:
         cells = []
-        for k, (kind, text) in enumerate(zip(kinds, line, strict=True)):
-            shown = _bold(text)
+        for k, (kind, cell) in enumerate(zip(kinds, line, strict=True)):
             if k == left - 1:
-                label = f"<em>{shown}</em>" if references and references[i] else shown
-                cells.append(f'<th scope="row"{kind}>{label}</th>')
+                cells.append(f'<th scope="row"{kind}>{_marked(cell)}</th>')
             else:
-                cells.append(f"<td{kind}>{shown}</td>")
+                cells.append(f"<td{kind}>{_marked(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         '<div class="scroll card" tabindex="0" role="region" aria-label="Table over seeds"><table>'
@@ -184,8 +168,11 @@ def _header(text: str) -> str:
     return f"{html.escape(found['label'])}{small}"
 
 
-def _bold(text: str) -> str:
-    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(text))
+def _marked(cell: Cell) -> str:
+    """Return the cell with HTML's marks around what is bold or italic."""
+    tag = "strong" if cell.bold else "em" if cell.italic else ""
+    text = html.escape(cell.text)
+    return (f"<{tag}>{text}</{tag}>" if tag else text) + html.escape(cell.rest)
 
 
 def _origin(table: Table, records: Sequence[RunRecord]) -> str:

@@ -4,8 +4,8 @@ import csv
 import math
 from pathlib import Path
 
+from neo.results.curves import Curve
 from neo.results.metrics import metric_info
-from neo.results.panels import Curve
 
 # Points that all curves of a page may have together: about 6 MB.
 MAX_POINTS = 400_000

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from neo.results.key_cells import key_scales
 from neo.results.keyed_runs import KeyedRun, KeyedRuns
 from neo.results.looks import GREY
-from neo.results.markdown import number
 from neo.results.metrics import Metric
+from neo.results.printing import number
 from neo.results.scales import INCHES_PER_CHARACTER, KeyScale
 from neo.results.shades import colour_bar, colours, number_scale
 
