@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neo.results.choice import Choice, choose, notes, overrides
+from neo.results.collect import collect, log_of
 from neo.results.draft import draft
 from neo.results.latex import render_latex
 from neo.results.markdown import render_markdown
@@ -170,6 +171,18 @@ def report(
     return found.table
 
 
+def load(name: str, *, experiments: Path = Path("experiments")) -> Report:
+    """Return what the committed records of the experiment `name` give, nothing written.
+
+    Raises:
+        ValueError: The experiment is not there, or its `table.yaml` or a record is wrong.
+    """
+    folder = experiments / name
+    if not (folder / "table.yaml").is_file():
+        raise ValueError(_unknown(name, experiments))
+    return _read(name, read_table_spec(folder / "table.yaml"), [folder])
+
+
 def check(name: str, *, experiments: Path = Path("experiments")) -> list[str]:
     """Return a sentence for each file of the experiment that is not what its records give.
 
@@ -178,10 +191,7 @@ def check(name: str, *, experiments: Path = Path("experiments")) -> list[str]:
     Raises:
         ValueError: The experiment is not there, or its `table.yaml` or a record is wrong.
     """
-    folder = experiments / name
-    if not (folder / "table.yaml").is_file():
-        raise ValueError(_unknown(name, experiments))
-    found = _read(name, read_table_spec(folder / "table.yaml"), [folder])
+    folder, found = experiments / name, load(name, experiments=experiments)
     expected = found.texts()
     problems = [_difference(folder / file, expected.get(file)) for file in TEXTS]
     figure = folder / FIGURE
@@ -190,45 +200,6 @@ def check(name: str, *, experiments: Path = Path("experiments")) -> list[str]:
     if not figure.is_file() and found.table.spec.figures and found.figure() is not None:
         problems.append(f"{figure}: is missing")
     return [problem for problem in problems if problem]
-
-
-def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]:
-    """Copy new records and logs under `runs` into `results`; return the new records' paths.
-
-    Raises:
-        ValueError: A record belongs to another experiment, or its run came to its end and is
-            recorded in `results` with other content, which is never changed.
-    """
-    recorded = {read_record(path).run_id: path for path in sorted(results.glob("*.json"))}
-    new = []
-    for path in find_records(runs):
-        record = read_record(path)
-        if record.experiment_name != name:
-            raise ValueError(
-                f"{path}: belongs to experiment {record.experiment_name!r}, not {name!r}"
-            )
-        known = recorded.get(record.run_id)
-        if known is None:
-            target = results / f"{_stem(record, spec)}.json"
-            results.mkdir(parents=True, exist_ok=True)
-            # The log goes first: a record without its log would never be completed.
-            if _log(path).is_file():
-                write_atomically(_log(target), _log(path).read_bytes())
-            write_atomically(target, path.read_bytes())
-            recorded[record.run_id] = target
-            new.append(target)
-        elif known.read_bytes() == path.read_bytes():
-            continue
-        elif read_record(known).status != "ok":  # what failed was run again
-            if _log(path).is_file():
-                write_atomically(_log(known), _log(path).read_bytes())
-            write_atomically(known, path.read_bytes())
-        else:
-            raise ValueError(
-                f"{path}: run {record.run_id} is recorded with other content in {known}, and what "
-                "is recorded is not edited; use out=DIR to render these runs elsewhere"
-            )
-    return new
 
 
 def _parse(arguments: list[str]) -> tuple[list[str], dict[str, Path], set[str]]:
@@ -292,7 +263,9 @@ def _read(name: str, spec: TableSpec, sources: list[Path]) -> Report:
     latest = {record.run_id: (path, record) for path, record in _records(sources)}
     records = [record for _, record in latest.values()]
     table = build_table(spec, records)
-    curves = {run_id: log for run_id, (path, _) in latest.items() if (log := _log(path)).is_file()}
+    curves = {
+        run_id: log for run_id, (path, _) in latest.items() if (log := log_of(path)).is_file()
+    }
     choices = [] if spec.choose is None else choose(spec.choose, spec.rows, table.runs)
     return Report(name, table, records, choices, curves)
 
@@ -321,19 +294,6 @@ def _first_difference(left: Sequence[str], right: Sequence[str]) -> int:
     """Return the first index at which the two differ, at the latest where the shorter ends."""
     shorter = min(len(left), len(right))
     return next((i for i in range(shorter) if left[i] != right[i]), shorter)
-
-
-def _stem(record: RunRecord, spec: TableSpec) -> str:
-    """Return a file name that tells runs apart at a glance: what the rows choose by, seed, id."""
-    groups = dict.fromkeys(key for row in spec.rows for key in row.where if key in record.choices)
-    return "-".join([*(record.choices[group] for group in groups), str(record.seed), record.run_id])
-
-
-def _log(record_path: Path) -> Path:
-    """Return where the `metrics.csv` that belongs to a record lies, or its copy."""
-    if record_path.name == "record.json":
-        return record_path.with_name("metrics.csv")
-    return record_path.with_suffix(".csv")
 
 
 if __name__ == "__main__":
