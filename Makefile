@@ -27,10 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY) ## the main job: sft, lora, kd and neo over three seeds, then table and figure
-	@# two processes, one for each core that a small machine has
-	$(SMALL) $(BIN)/python -m neo.train experiment=mini 'hydra.sweeper.params.method="lora,kd"' & \
-		$(SMALL) $(BIN)/python -m neo.train experiment=mini 'hydra.sweeper.params.method="sft,neo"' \
-		&& wait $$!
+	$(SMALL) $(BIN)/python -m neo.train experiment=mini hydra/launcher=parallel
 	$(BIN)/python -m neo.report mini runs=runs out=experiments/mini
 
 variants: $(READY) ## the LoRA variants: a rate for each, then five seeds, then the page (an hour or more)
