@@ -3,11 +3,19 @@
 Other programs that use Hydra in the same environment pass over a name with an underscore.
 """
 
-from neo.training import sweep
+from neo.training import compare, search, sweep
 
 
 class Sweep(sweep.Sweep):
     """Every combination of what is swept."""
 
 
-SWEEPERS = (Sweep,)
+class Search(search.Search):
+    """What Optuna proposes."""
+
+
+class Compare(compare.Compare):
+    """Choices, each at a rate of its own."""
+
+
+SWEEPERS = (Sweep, Search, Compare)

@@ -78,6 +78,8 @@ def main() -> None:
     except (*REFUSED, *FAILED) as error:  # before the job began
         leave(error, 2)
     except Exception as error:
+        if str(error).startswith(("Unknown plugin class", "Invalid plugin")):  # Hydra's
+            leave(error, 2)
         tell_launcher(error)
         raise
 

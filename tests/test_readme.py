@@ -45,8 +45,10 @@ def test_every_training_command_of_the_readme_is_a_config_that_can_run(
     # The hub's models and a GPU are not here; everything else is checked.
     monkeypatch.setattr(trainer, "trainer_problems", lambda node, **_: [])
     monkeypatch.setattr("neo.training.consistency.trainer_problems", lambda node, **_: [])
-    words = [w for w in arguments(command, ROWS=ROWS / "alpaca.json", DIR=student_dir) if w != "-m"]
-    check_config(compose(*(word.split(",")[0] for word in words)))
+    words = arguments(command, ROWS=ROWS / "alpaca.json", DIR=student_dir)
+    # what is swept or searched is a value for each job; sweepers and launchers have tests of their own
+    kept = [w for w in words if w != "-m" and "interval(" not in w and not w.startswith("hydra")]
+    check_config(compose(*(word.split(",")[0] for word in kept)))
 
 
 def test_the_first_command_of_the_readme_trains(student_dir, tmp_path):

@@ -39,7 +39,8 @@ def choose(spec: ChooseSpec, rows: Sequence[RowSpec], runs: Iterable[RunRecord])
     """Return the choice for every value of `spec.by` that rows or runs have, in their order.
 
     Every value must have the same grid of settings, and every point of it the same seeds. A point
-    with a run that failed, diverged, ran out of memory or lacks the metric counts as the worst.
+    with a run that failed, diverged, ran out of memory, was given up or lacks the metric counts as
+    the worst, whatever seeds it lacks.
 
     Args:
         spec: What to choose, and by what.
@@ -119,8 +120,9 @@ def _refuse_gaps(spec: ChooseSpec, points: Points, values: list[Any], grid: list
     gaps = []
     for value in values:
         for key in grid:
-            missing = [seed for seed in seeds if seed not in points.get((value, key), {})]
-            if missing:
+            runs = points.get((value, key), {})
+            missing = [seed for seed in seeds if seed not in runs]
+            if missing and all(run.status == "ok" for run in runs.values()):
                 gaps.append(f"{_spelt(spec, value, key)} seed={','.join(map(str, missing))}")
     if gaps:
         raise ValueError(f"choose: {len(gaps)} points lack runs:\n  " + "\n  ".join(gaps))

@@ -12,6 +12,7 @@ from neo.models.quantization import quantization_problems
 from neo.teachers.device import device_problems
 from neo.training.devices import num_processes, on_gpu
 from neo.training.loggers import logger_problems
+from neo.training.pruning import prune_problems
 from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
@@ -44,6 +45,7 @@ def run_problems(config: Mapping[str, Any], *, here: bool = True) -> Iterator[st
     yield from _method_problems(config)
     yield from quantization_problems(config, here=here)
     yield from _spread_problems(config)
+    yield from prune_problems(config["prune"])
     if here:
         with suppress(ValueError):  # of devices that the trainer refuses
             yield from device_problems(config, num_processes(config["trainer"]))

@@ -9,6 +9,7 @@ from torch import nn
 
 from neo.models.student import save_student
 from neo.training.out_of_memory import explained, is_out_of_memory
+from neo.training.pruning import Pruned
 from neo.training.skipped_steps import DivergedError
 
 
@@ -22,6 +23,8 @@ def ended_by(error: BaseException, config: Mapping[str, Any]) -> tuple[str, Base
         return "oom", explained(error, config)
     if isinstance(error, DivergedError):
         return "diverged", error
+    if isinstance(error, Pruned):
+        return "pruned", error
     stopped = isinstance(error, KeyboardInterrupt | SystemExit)
     return "interrupted" if stopped else "failed", error
 

@@ -41,6 +41,7 @@ from neo.training.meet import Meeting
 from neo.training.metrics_file import MetricsFile
 from neo.training.module import NeoModule
 from neo.training.peak_memory import PeakMemory
+from neo.training.pruning import pruning
 from neo.training.run_labels import RunLabels
 from neo.training.signals import Interrupted, StopSignals, requeue
 from neo.training.skipped_steps import DivergedError
@@ -273,6 +274,7 @@ class Run:
         callbacks: list[L.Callback] = [self.throughput, self.signals, self.checkpoints]
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
+        callbacks += pruning(config, self.checkpoints)
         loggers: list[Logger] = [MetricsFile(self.folder, resume_step)]
         # one process speaks for all
         if is_first_process() and (logger := build(config["logger"])) is not None:
