@@ -13,10 +13,12 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hydra_plugins._neo import SWEEPERS
 from neo.config import SPECS, ConfigError, build, conf_dir, open_groups, register, resolve, run_id
 from neo.models.start import is_computed
 from neo.training.command_line import REFUSED, console, explain, leave, quiet
@@ -38,7 +40,9 @@ from neo.training.preflight import (
     too_large,
     workload_of,
 )
+from neo.training.sweep import Sweep
 
+LOOKING = "dry_run=true"  # what is planned is not run
 # A table of many parts is not broken to the width of a terminal.
 out = Console(highlight=False, width=240)
 
@@ -75,9 +79,13 @@ def main() -> None:
     def job(composed: DictConfig) -> None:
         planned.append(plan(composed))
 
+    Sweep.only_plans = True
+    for sweeper in SWEEPERS:
+        Plugins.instance().register(sweeper)
     # A sweep's folder would be made for runs that never begin.
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv[1:] = [*open_groups(sys.argv[1:]), f"hydra.sweep.dir={folder}"]
+        own = [LOOKING, f"hydra.sweep.dir={folder}", "hydra/launcher=basic"]
+        sys.argv[1:] = [*open_groups(sys.argv[1:]), *own]
         entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
         try:
             entry(job)()
@@ -92,7 +100,7 @@ def plan(composed: DictConfig) -> Planned:
     overrides = ""
     if HydraConfig.initialized():
         given = HydraConfig.get().overrides.task
-        overrides = " ".join(override.removeprefix("++") for override in given)
+        overrides = " ".join(o.removeprefix("++") for o in given if o != LOOKING)
     try:
         config = resolve(composed)
         quiet()

@@ -46,7 +46,7 @@ def test_every_training_command_of_the_readme_is_a_config_that_can_run(
     monkeypatch.setattr(trainer, "trainer_problems", lambda node, **_: [])
     monkeypatch.setattr("neo.training.consistency.trainer_problems", lambda node, **_: [])
     words = arguments(command, ROWS=ROWS / "alpaca.json", DIR=student_dir)
-    # what is swept or searched is a value for each job; sweepers and launchers have tests of their own
+    # sweepers and launchers have tests of their own
     kept = [w for w in words if w != "-m" and "interval(" not in w and not w.startswith("hydra")]
     check_config(compose(*(word.split(",")[0] for word in kept)))
 

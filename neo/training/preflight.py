@@ -20,7 +20,9 @@ from neo.training.step_cost import Workload
 SAMPLE = 4  # batches that are looked at for the share of supervised tokens
 KEY = "trainer.device_memory_gib"
 # What a plan depends on; the rest of a config changes neither bytes nor FLOPs.
-DEPENDS_ON = ("student", "teacher", "lora", "loss", "optim")
+DEPENDS_ON = ("student", "teacher", "lora", "loss")
+# Of the optimizer these change nothing that is counted or checked against models.
+RATES = ("lr", "base_lr", "weight_decay", "warmup_ratio")
 # Plans of this process: the runs of a sweep often differ in rate and seed alone.
 _made: dict[str, Plan] = {}
 
@@ -84,6 +86,7 @@ def plan_run(config: Mapping[str, Any], specs: Mapping[str, Any], workload: Work
     key = json.dumps(
         [
             {name: config[name] for name in DEPENDS_ON},
+            {name: value for name, value in config["optim"].items() if name not in RATES},
             [trainer.get("precision"), trainer.get("gradient_clip_val")],
             [str(workload), str(placement)],
         ],

@@ -34,7 +34,12 @@ class Sweep(Sweeper):
 
     Args:
         params: Key to the values it takes, in Hydra's grammar, as on the command line.
+
+    Attributes:
+        only_plans: Whether jobs are not to run: each is told what it would be, and is not checked.
     """
+
+    only_plans = False
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
@@ -49,7 +54,6 @@ class Sweep(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-        start_server()
 
     def sweep(self, arguments: list[str]) -> list[RunRecord | None]:
         """Runs what `params` and the command line's arguments span, and returns the records.
@@ -92,12 +96,11 @@ class Sweep(Sweeper):
         Raises:
             ConfigError: Some jobs cannot run; none was started.
         """
-        assert self.config is not None
-        assert self.hydra_context is not None
-        checked = check_jobs(self.hydra_context, self.config, jobs)
-        if checked[0].config["dry_run"]:
+        checked = self.check(jobs)
+        if checked[0].config["dry_run"] or self.only_plans:
             self._launch(checked)
             return [None] * len(checked)
+        start_server()
         runs = list({job.identity: job for job in checked}.values())
         before = {job.identity: _to_begin_with(job) for job in runs}
         known = sum(r is not None and r.status in DONE for r in before.values())
@@ -124,6 +127,16 @@ class Sweep(Sweeper):
         records = {job.identity: recorded_run(job.folder, job.identity) for job in runs}
         print_summary(console, runs, records, before)
         return [records[job.identity] for job in checked]
+
+    def check(self, jobs: Sequence[Sequence[str]]) -> list[Job]:
+        """The jobs, composed and checked.
+
+        Raises:
+            ConfigError: Some of them cannot run.
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        return check_jobs(self.hydra_context, self.config, jobs, only_compose=self.only_plans)
 
     def _launch(self, jobs: Sequence[Job]) -> list[Outcome | None]:
         """What became of each job, in order; nothing is to be said of a dry run."""

@@ -13,12 +13,11 @@ from neo.config import SPECS, ConfigError, build, resolve, run_id
 from neo.training.command_line import console, quiet
 from neo.training.consistency import check_config
 from neo.training.meet import CannotRun, meet_all
-from neo.training.preflight import planned_or_refused
+from neo.training.preflight import RATES, planned_or_refused
 from neo.training.run_folder import folder_of, recorded_run
 
 # Whether models, rows and memory go together does not depend on these.
 FREE = ("seed", "run_dir", "experiment_name", "logger", "rerun", "retry", "prune", "eval_split")
-FREE_OF_OPTIM = ("lr", "base_lr", "weight_decay", "warmup_ratio")
 # Where a run runs does not make it another run, unless that is what a sweep compares.
 PLACES = (
     "sharding", "torch_compile", "teacher.device", "teacher.offload",
@@ -47,12 +46,22 @@ class Job:
 
 
 def check_jobs(
-    context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[str]]
+    context: HydraContext,
+    master: DictConfig,
+    jobs: Sequence[Sequence[str]],
+    *,
+    only_compose: bool = False,
 ) -> list[Job]:
     """The jobs, composed, and checked as far as that can be before one runs.
 
     What a job cannot do though its config is right (its rows are malformed, it does not fit the
     memory) is told here and left to the job, whose record will say it.
+
+    Args:
+        context: Hydra's.
+        master: The config of the sweep.
+        jobs: The overrides of each.
+        only_compose: They are not to run, so that nothing needs to be right.
 
     Raises:
         ConfigError: With all problems of all jobs.
@@ -66,17 +75,21 @@ def check_jobs(
         swept = [o.removeprefix("++") for o in overrides if o not in shared]
         name = " ".join(swept) or "the only job"
         try:
-            job = _compose(context, master, name, list(overrides))
+            job = _compose(context, master, name, list(overrides), not only_compose)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(name)
             continue
         found.append(job)
+    if only_compose and not problems:
+        return found
     same: dict[str, list[Job]] = {}
     for job in found:
         same.setdefault(job.identity, []).append(job)
     found = [
-        _compose(context, master, job.name, [*job.overrides, f"distinct=[{','.join(places)}]"])
+        _compose(
+            context, master, job.name, [*job.overrides, f"distinct=[{','.join(places)}]"], True
+        )
         if (places := _compared_places(job, same[job.identity]))
         else job
         for job in found
@@ -105,7 +118,9 @@ def check_jobs(
     return found
 
 
-def _compose(context: HydraContext, master: DictConfig, name: str, overrides: list[str]) -> Job:
+def _compose(
+    context: HydraContext, master: DictConfig, name: str, overrides: list[str], check: bool
+) -> Job:
     composed = context.config_loader.load_sweep_config(master, overrides)
     launcher = str(composed.hydra.runtime.choices.get("hydra/launcher"))
     elsewhere = "slurm" in launcher  # the machine that trains is another one
@@ -113,7 +128,7 @@ def _compose(context: HydraContext, master: DictConfig, name: str, overrides: li
         del composed["hydra"]
     raw = OmegaConf.to_container(composed)
     precision = str(raw["trainer"].get("precision")) if isinstance(raw, dict) else ""
-    if elsewhere and "auto_precision" in precision:
+    if check and elsewhere and "auto_precision" in precision:
         raise ConfigError(
             [
                 "trainer.precision: follows from the device, and the device is on another machine; "
@@ -121,10 +136,11 @@ def _compose(context: HydraContext, master: DictConfig, name: str, overrides: li
             ]
         )
     config = resolve(composed)
-    check_config(config, here=not elsewhere)
     identity = run_id(config)
     folder = folder_of(config, identity)
-    recorded_run(folder, identity)
+    if check:
+        check_config(config, here=not elsewhere)
+        recorded_run(folder, identity)
     return Job(name, overrides, config, identity, folder)
 
 
@@ -143,7 +159,7 @@ def _at(config: Mapping[str, Any], path: str) -> Any:
 def _what_meets(config: Mapping[str, Any]) -> str:
     """Names what models, rows and memory depend on: runs of a sweep often differ in less."""
     kept = {key: value for key, value in config.items() if key not in FREE}
-    kept["optim"] = {k: v for k, v in config["optim"].items() if k not in FREE_OF_OPTIM}
+    kept["optim"] = {k: v for k, v in config["optim"].items() if k not in RATES}
     return json.dumps(kept, sort_keys=True)
 
 

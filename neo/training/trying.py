@@ -11,7 +11,6 @@ from neo.results.summary import number_of
 from neo.training.command_line import console
 from neo.training.space import spelt, typed
 from neo.training.sweep import Sweep, SweepFailed
-from neo.training.sweep_check import Job, check_jobs
 
 if TYPE_CHECKING:
     from neo.training.study import Asked, Trials
@@ -85,12 +84,6 @@ class Trying(Sweep):
             alone = (self._run({index: one}, refused) for index, one in jobs.items())
             return {index: ran for each in alone for index, ran in each.items()}
         return {index: [next(records) for _ in one] for index, one in jobs.items()}
-
-    def check(self, jobs: Sequence[Sequence[str]]) -> list[Job]:
-        """The jobs, composed and checked."""
-        assert self.hydra_context is not None
-        assert self.config is not None
-        return check_jobs(self.hydra_context, self.config, jobs)
 
 
 def trial_jobs(
