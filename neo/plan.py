@@ -79,7 +79,6 @@ def main() -> None:
     def job(composed: DictConfig) -> None:
         planned.append(plan(composed))
 
-    Sweep.only_plans = True
     for sweeper in SWEEPERS:
         Plugins.instance().register(sweeper)
     # A sweep's folder would be made for runs that never begin.
@@ -87,10 +86,13 @@ def main() -> None:
         own = [LOOKING, f"hydra.sweep.dir={folder}", "hydra/launcher=basic"]
         sys.argv[1:] = [*open_groups(sys.argv[1:]), *own]
         entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+        Sweep.only_plans = True
         try:
             entry(job)()
         except REFUSED as error:
             leave(error, 2)
+        finally:
+            Sweep.only_plans = False
     if planned:
         sys.exit(show(planned))
 
