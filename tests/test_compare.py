@@ -115,6 +115,25 @@ def test_a_choice_whose_search_is_incomplete_answers_no_test_row(status):
     assert not any(config["lora"].get("use_dora") for config in final)
 
 
+@pytest.mark.parametrize("status", ["interrupted", "failed", "oom"])
+def test_a_rate_is_not_chosen_while_another_is_unknown_and_no_test_row_is_answered(status):
+    def some(config):
+        unlucky = config["optim"]["lr"] == 1e-2 and config["seed"] == 101
+        return (status, {}) if unlucky and not config["lora"].get("use_dora") else came(config)
+
+    with pytest.raises(
+        SweepFailed, match=rf"(?s)1 runs of the.*lora, 0.01, seed 101: {status}"
+    ) as no:
+        compare(came=some)
+    assert of(no.value.sweeper, "c") == []
+
+
+def test_another_budget_behind_the_test_rows_is_refused():
+    compare()
+    with pytest.raises(ConfigError, match=r"answered already with another optim\.lr or budget"):
+        compare({}, "trainer.max_steps=77")
+
+
 def test_without_a_baseline_nothing_is_compared_and_no_test_row_answered():
     def some(config):
         return came(config) if config["lora"].get("use_dora") else ("oom", {})
@@ -131,7 +150,7 @@ def test_a_second_choice_behind_the_test_rows_is_refused():
     try:
         for record in Path("runs/c_search").rglob("record.json"):
             record.unlink()
-        with pytest.raises(ConfigError, match=r"lora=dora: 0\.001 then, 0\.0001 now") as refused:
+        with pytest.raises(ConfigError, match=r"lora=dora by run \w+, optim.lr=0\.001") as refused:
             compare(searching(values=better))
     finally:
         BEST[True] = 1e-3

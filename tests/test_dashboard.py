@@ -238,7 +238,7 @@ def test_runs_that_never_went_to_wandb_have_no_view(table, logged_in):
 
 def test_a_missing_package_is_named(table, monkeypatch):
     monkeypatch.setattr("neo.results.dashboard.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"wandb-workspaces: pip install 'llm-neo\[loggers\]'"):
+    with pytest.raises(ValueError, match=r"wandb-workspaces: pip install 'llm-neo\[dashboards\]'"):
         push("ranks", table())
 
 

@@ -1,5 +1,6 @@
 """The engines of a sweep, started as a user starts them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +86,22 @@ def test_jobs_of_one_and_of_two_processes_each_have_a_group_of_their_own(
     assert set(found) == {1, 2}
     assert all(r.status == "ok" for r in found.values())
     assert found[2].num_tokens > 1.5 * found[1].num_tokens  # in as many steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_sweep_whose_whole_group_is_told_to_stop_ends_behind_its_job(
+    student_dir, teacher_dir, tmp_path, number
+):
+    long = ("trainer.max_steps=100000", "checkpoint_every_n_steps=100000", "seed=0,1")
+    with typed(tmp_path, *small(student_dir, teacher_dir, *long)) as process:
+        wait_until(lambda: any(tmp_path.glob("runs/default/*/metrics.csv")))
+        (log,) = tmp_path.glob("runs/default/*/metrics.csv")
+        wait_until(lambda: log.read_text().count("\n") > 3)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == -number, process.said()
+        (record,) = records(tmp_path)  # the second was not begun
+        assert (record.status, "with a checkpoint" in record.error) == ("interrupted", True)
 
 
 SWEEP = (

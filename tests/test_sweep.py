@@ -185,3 +185,34 @@ def test_a_dry_sweep_says_its_plans_and_writes_nothing(student_dir, teacher_dir,
 def test_a_wrong_retry_is_refused(student_dir, tmp_path, capfd):
     assert sweep(*small(student_dir, None, "method=lora", "retry=all")) == 2
     assert "retry='all': must be null, or failed" in capfd.readouterr().err
+
+
+def test_a_rerun_that_cannot_run_fails_the_sweep_and_leaves_the_record(student_dir, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = small(student_dir, None, "method=lora", f"data.path={rows}", "seed=0")
+    assert sweep(*arguments) == 0
+    found = records(tmp_path)
+    rows.write_text(rows.read_text() + "{")
+    assert sweep(*arguments, "rerun=true") == 1
+    assert records(tmp_path) == found
+
+
+def test_a_launcher_that_gives_up_ends_the_sweep_with_its_summary(student_dir, monkeypatch, capfd):
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    def gone(*_, **__):
+        raise RuntimeError("task 3 was cancelled")
+
+    monkeypatch.setattr(BasicLauncher, "launch", gone)
+    assert sweep(*small(student_dir, None, "method=lora", "seed=0,1")) == 1
+    said = capfd.readouterr().err
+    assert "2 runs: 2 not recorded" in said
+    assert "the launcher gave up (RuntimeError: task 3 was cancelled)" in said
+
+
+def test_a_sweep_that_every_rank_would_begin_is_refused(student_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert sweep(*small(student_dir, None, "method=lora", "seed=0,1")) == 2
+    assert "start it once, not by torchrun or srun" in capfd.readouterr().err
+    assert not records(tmp_path)

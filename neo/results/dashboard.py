@@ -45,7 +45,7 @@ def push(
         ValueError: Nobody is logged in, a package is missing, no run went to W&B, or W&B refuses.
     """
     if find_spec("wandb_workspaces") is None:
-        raise ValueError("wandb=push: needs wandb-workspaces: pip install 'llm-neo[loggers]'")
+        raise ValueError("wandb=push: needs wandb-workspaces: pip install 'llm-neo[dashboards]'")
     project = project or _where_logged(experiment, table, "project")
     entity = entity or _where_logged(experiment, table, "entity")
     if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
@@ -55,7 +55,8 @@ def push(
     if not wandb.login(prompt=False, verify=False):
         raise ValueError(
             "wandb=push: nobody is logged in to W&B. First `wandb login`, or set WANDB_API_KEY; "
-            f"then send the runs that were kept offline: wandb sync runs/{experiment}/*/wandb"
+            "then send the runs that were kept offline: "
+            f"wandb sync runs/{experiment}/*/wandb/offline-run-*"
         )
     try:
         entity = entity or wandb.Api().default_entity

@@ -68,11 +68,15 @@ def run_apart(train: Train, composed: DictConfig) -> Outcome:
     config = resolve(composed)
     identity = run_id(config)
     folder = folder_of(config, identity)
-    before = recorded_run(folder, identity)
-    if before is not None and before.status in DONE and not config["rerun"]:
-        return Outcome(before.status, before.error)  # another sweep was here
-    with devices_of_its_own(config, console.print) as devices:
-        word, exit_code = _run(train, composed, os.environ | devices)
+    try:
+        with devices_of_its_own(config, console.print) as devices:
+            before = recorded_run(folder, identity)  # not before it has waited for devices
+            if before is not None and before.status in DONE and not config["rerun"]:
+                return Outcome(before.status, before.error)  # another sweep was here
+            word, exit_code = _run(train, composed, os.environ | devices)
+    except ValueError as error:  # there are fewer devices
+        before = recorded_run(folder, identity)
+        word, exit_code = Outcome("failed", str(error)), 1
     if word is not None and word.status == BUSY:
         return word
     record = recorded_run(folder, identity)
@@ -80,9 +84,9 @@ def run_apart(train: Train, composed: DictConfig) -> Outcome:
         return Outcome(record.status, record.error)
     stopped = -exit_code in SENT_ON
     ended = word or Outcome("interrupted" if stopped else "failed", ended_with(exit_code))
-    if record is not None and record.status == "ok":
+    if record is not None and record.status in ("ok", "pruned"):
         return ended  # it was to be run once more and was not; what it has stands
-    return ended if _recorded(config, folder, ended) else Outcome(BUSY)
+    return ended if _recorded(config, folder, before, ended) else Outcome(BUSY)
 
 
 def _run(
@@ -92,8 +96,10 @@ def _run(
     hears, tells = multiprocessing.Pipe(duplex=False)
     arguments = (train, composed, _hydra_of_job(), environ, tells)
     process = _server().Process(target=_run_here, args=arguments)  # type: ignore[attr-defined]
-    with _signals_sent_on(process):
+    with _signals_sent_on(process) as received:
         process.start()
+        for number in received:  # while it could not hear them yet
+            os.kill(process.pid or 0, number)
         tells.close()
         word = _last_word(process, hears)
     return word, process.exitcode or 0
@@ -107,7 +113,9 @@ def _hydra_of_job() -> Any:
     return whole
 
 
-def _recorded(config: dict[str, Any], folder: Path, ended: Outcome) -> bool:
+def _recorded(
+    config: dict[str, Any], folder: Path, before: RunRecord | None, ended: Outcome
+) -> bool:
     """Writes the record of a run that could not; whether no other process runs it meanwhile."""
     choices, overrides = hydra_choices()
     record = RunRecord(
@@ -125,7 +133,8 @@ def _recorded(config: dict[str, Any], folder: Path, ended: Outcome) -> bool:
     )
     try:
         with lock_run(folder):
-            write_record(record, folder)
+            if recorded_run(folder, record.run_id) == before:
+                write_record(record, folder)
     except RunIsBusy:
         return False
     return True
@@ -147,7 +156,7 @@ def _server() -> multiprocessing.context.BaseContext:
         # joblib's workers have one of their own, which their children would look for in vain
         multiprocessing.set_start_method(methods[0], force=True)
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["neo.train"])
+    context.set_forkserver_preload(["neo.training.unsignalled", "neo.train"])
     return context
 
 
@@ -155,6 +164,8 @@ def _run_here(
     train: Train, composed: DictConfig, hydra: Any, environ: Mapping[str, str], tells: Connection
 ) -> None:
     """The job's process."""
+    for number in SENT_ON:
+        signal.signal(number, signal.SIG_DFL)  # which the server does not hear
     os.environ.clear()  # the server began with those of another time
     os.environ.update(environ)
     _end_with_parent()
@@ -194,7 +205,7 @@ def _last_word(process: BaseProcess, hears: Connection) -> Outcome | None:
 
 
 @contextmanager
-def _signals_sent_on(process: BaseProcess) -> Generator[None, None, None]:
+def _signals_sent_on(process: BaseProcess) -> Generator[list[int], None, None]:
     """Within it the process hears what this one is told, which then does it itself at the end."""
     received: list[int] = []
 
@@ -205,11 +216,11 @@ def _signals_sent_on(process: BaseProcess) -> Generator[None, None, None]:
                 os.kill(process.pid, number)  # an interrupt of the terminal reaches all by itself
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
     before = {number: signal.signal(number, note) for number in (*SENT_ON, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """A fair comparison: each choice at a rate of its own, found alike, then over paired seeds."""
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,25 @@ from hydra.errors import HydraException
 
 from neo.config import ConfigError, open_groups
 from neo.results.choice import Choice, choose, notes, overrides
-from neo.results.records import RunRecord, find_records, read_record, write_atomically
+from neo.results.records import RunRecord, read_record, write_atomically
 from neo.results.summary import lookup, spell
 from neo.results.table_spec import ChooseSpec, RowSpec
 from neo.training.command_line import console
+from neo.training.compare_checks import (
+    SAME,
+    refuse_second_look,
+    refuse_unequal,
+    refuse_unfinished,
+)
 from neo.training.compare_table import write_table
 from neo.training.space import Choices
-from neo.training.sweep import SweepFailed
+from neo.training.sweep import POLL_S, SweepFailed
 from neo.training.sweep_check import Job
 from neo.training.sweep_keys import metric_problems, plain, require_optuna, seed_problems
 from neo.training.trying import Trying
 
 SEARCH_KEYS = ("key", "values", "seeds", "metric")
 HALVING_KEYS = ("factor", "first")
-SAME = ("data", "trainer")  # what makes the budget: rows, steps and how they are grouped
 
 
 class Compare(Trying):
@@ -38,8 +44,11 @@ class Compare(Trying):
         baseline: The choice that the others are compared with.
         search: `key`, `values`, `seeds` and `metric` of the first stage.
         seeds: Of the second.
-        halving: None, or `factor` and `first`: the best 1 in `factor` of a choice's rates goes on
-            behind step `first`, and again behind `factor` times as many, by the first seed.
+        halving: None, or `factor` and `first`: behind step `first`, and again behind `factor` times
+            as many, a rate goes on if its first seed is among the best 1 in `factor` of those of
+            its choice that came as far before it. That is Optuna's asynchronous halving, in the
+            order of the grid: it never stops the first rate, and saves more the earlier in the
+            grid a good one stands. What is stopped can only be worse at that step.
         params: None: a comparison makes its own runs.
     """
 
@@ -72,7 +81,15 @@ class Compare(Trying):
         checked = self.check([job for jobs in (first, final) for job in jobs.values()])
         if checked[0].config["dry_run"]:
             return self.run_jobs([*first.values(), *final.values()])
-        self._refuse_unequal([job.config for job in checked])
+        refuse_unequal([job.config for job in checked], self.over)
+        steps = checked[0].config["trainer"]["max_steps"]
+        if self.halving is not None and 0 < steps <= self.halving["first"]:
+            raise ConfigError(
+                [
+                    f"hydra.sweeper.halving.first={self.halving['first']}: must be less than "
+                    f"trainer.max_steps={steps}, or nothing is ever stopped"
+                ]
+            )
         name = checked[-1].config["experiment_name"]
         folder = Path("runs") / name
         searched = checked[: len(first)]
@@ -80,21 +97,25 @@ class Compare(Trying):
             self.run_jobs(list(first.values()))
         else:
             self._halve(shared, f"{name}_search", dict(zip(first, searched, strict=True)))
+        refuse_unfinished(dict(zip(first, searched, strict=True)))
         runs = [
             read_record(job.folder / "record.json")
             for job in searched
             if (job.folder / "record.json").exists()
         ]
         chosen, without = self._choose(runs)
-        self._refuse_second_look(folder, {choice.value: choice.setting for choice in chosen})
+        jobs = self._final(shared, {choice.value: [choice.setting] for choice in chosen})
+        if jobs:
+            configs = [job.config for job in self.check(list(jobs.values()))]
+            now = {choice: config for (choice, _, _), config in zip(jobs, configs, strict=True)}
+            refuse_second_look(folder, self.over, self.search["key"], now)
         self._write_choice(chosen, without, folder)
         if self.baseline in without or len(chosen) < 2:
             raise SweepFailed("there is nothing to compare:\n  " + "\n  ".join(without.values()))
-        jobs = self._final(shared, {choice.value: [choice.setting] for choice in chosen})
         records = self.run_jobs(list(jobs.values()))
         found = [record for record in records if record is not None]
         text = write_table(folder, self.over, self.search, self.baseline, chosen, found,
-                           notes(self._choose_spec(), chosen))  # fmt: skip
+                           notes(self._choose_spec(), chosen), self.halving)  # fmt: skip
         console.print(text, markup=False)
         console.print(f"written to {folder}; python -m neo.report {name} experiments=runs draws it")
         if without:
@@ -209,20 +230,6 @@ class Compare(Trying):
                 jobs[choice, rate, seed] = [*shared, *own, *typed, f"seed={seed}"]
         return jobs
 
-    def _refuse_unequal(self, configs: Sequence[Mapping[str, Any]]) -> None:
-        """Raises ConfigError where runs differ in what makes the budget."""
-        differing = {
-            f"{group}.{key}"
-            for group in SAME
-            for config in configs
-            for key in config[group].keys() | configs[0][group].keys()
-            if config[group].get(key) != configs[0][group].get(key)
-        }
-        if differing:
-            raise ConfigError(
-                [f"{key}: is not the same for all choices of {self.over}" for key in differing]
-            )
-
     def _halve(
         self, shared: list[str], name: str, jobs: Mapping[tuple[Any, Any, int], Job]
     ) -> None:
@@ -249,8 +256,14 @@ class Compare(Trying):
                     "run": jobs[choice, self.search["values"][0], seeds[0]].identity,
                 },
             )
-            searches.append((Trials(spec, Path("runs") / name, None), [*shared, *own]))
+            trials = Trials(spec, Path("runs") / name, None)
+            if next(iter(jobs.values())).config["retry"]:
+                trials.retry()
+            searches.append((trials, [*shared, *own]))
         self.try_out(searches, seeds)
+        while any(trials.others() for trials, _ in searches):  # another comparison's, or left by it
+            time.sleep(POLL_S)
+            self.try_out(searches, seeds)
 
     def _choose_spec(self) -> ChooseSpec:
         return ChooseSpec(by=self.over, key=self.search["key"], metric=self.search["metric"])
@@ -277,29 +290,3 @@ class Compare(Trying):
         comments = "".join(f"# {line}\n" for text in said for line in text.splitlines() if line)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "chosen.txt", (comments + overrides(spec, chosen)).encode())
-
-    def _refuse_second_look(self, folder: Path, chosen: Mapping[Any, Any]) -> None:
-        """Raises ConfigError where the test rows were answered at another rate before.
-
-        A rate that is chosen after that is chosen by who has seen them.
-        """
-        seen = {}
-        for path in find_records(folder):
-            run = read_record(path)
-            choice, rate = lookup(run, self.over), lookup(run, self.search["key"])
-            if (
-                run.config.get("eval_split") == "test"
-                and isinstance(choice, str | int | float)
-                and rate != chosen.get(choice, rate)
-            ):
-                seen[choice] = f"{self.over}={spell(choice)}: {spell(rate)} then, " + (
-                    f"{spell(chosen[choice])} now"
-                )
-        if seen:
-            raise ConfigError(
-                [
-                    f"{folder}: its runs have answered the test rows at another "
-                    f"{self.search['key']} already ({'; '.join(seen.values())}). A second choice "
-                    "behind that is no fair one: take another experiment_name"
-                ]
-            )

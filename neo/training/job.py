@@ -25,5 +25,6 @@ def hydra_choices() -> tuple[dict[str, str], list[str]]:
 def command_of_job() -> list[str]:
     """The command that makes this run alone, though a sweep may have made it."""
     if in_sweep():
-        return ["python", "-m", "neo.train", *hydra_choices()[1], "hydra.mode=RUN"]
+        searched = [o for o in HydraConfig.get().overrides.hydra if "hydra.searchpath" in o]
+        return ["python", "-m", "neo.train", *hydra_choices()[1], *searched, "hydra.mode=RUN"]
     return [argument.removeprefix("++") for argument in command_line(sys.argv)]

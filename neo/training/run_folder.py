@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,10 +66,10 @@ def recorded_run(folder: Path, identity: str) -> RunRecord | None:
         raise ConfigError([f"{place}: {standing} is not a folder that can be written to"])
     record, kept = None, None
     try:
-        if (folder / "record.json").exists():
+        with suppress(FileNotFoundError):
             record = read_record(folder / "record.json")
             kept = record.run_id
-        elif (folder / "config.yaml").exists():  # of a run that was killed
+        if record is None and (folder / "config.yaml").exists():  # of a run that was killed
             config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
             kept = run_id(cast(dict[str, Any], config))
     except (ValueError, OmegaConfBaseException, YAMLError) as error:

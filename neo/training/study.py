@@ -198,8 +198,13 @@ class Trials:
                 self.study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
             return len(failed)
 
+    def others(self) -> bool:
+        """Whether other processes run trials, or have left them."""
+        return any(trial.number not in self.had for trial in self._all(TrialState.RUNNING))
+
     def told(self) -> list[Told]:
-        """All trials that have begun, by number."""
+        """All trials that have begun, by number; of one that was run again, the last."""
+        again = {trial.user_attrs.get("retry_of") for trial in self._all()}
         return [
             Told(
                 trial.number,
@@ -209,7 +214,7 @@ class Trials:
                 trial.user_attrs.get("error"),
             )
             for trial in self._all()
-            if trial.state != TrialState.WAITING
+            if trial.state != TrialState.WAITING and trial.number not in again
         ]
 
     def best(self) -> Told | None:

@@ -15,9 +15,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from neo.config import ConfigError
 from neo.results.records import RunRecord, write_record
 from neo.training.apart import BUSY, DONE, FAILED, Outcome, start_server
 from neo.training.command_line import console
+from neo.training.launch import in_process_group
 from neo.training.run_folder import RunIsBusy, is_busy, lock_run, recorded_run
 from neo.training.sweep_check import Job, check_jobs
 from neo.training.sweep_summary import print_summary
@@ -44,7 +46,8 @@ class Sweep(Sweeper):
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
         self.launcher: Launcher | None = None
-        self._num_launched = 0
+        self._num_launched = self._num_not_rerun = 0
+        self._only_looked = False
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -76,12 +79,21 @@ class Sweep(Sweeper):
         """The records of the whole sweep.
 
         Raises:
-            SweepFailed: Some jobs have failed.
+            SweepFailed: Some jobs have failed, or did not come to their end.
         """
-        if num := sum(r is not None and r.status in (*FAILED, "interrupted") for r in records):
-            raise SweepFailed(
-                f"{num} of {len(records)} runs have failed; retry=failed runs them again"
+        if self._only_looked:
+            return records
+        failed = sum(r is not None and r.status in FAILED for r in records) + self._num_not_rerun
+        left = sum(r is None or r.status == "interrupted" for r in records)
+        said = []
+        if failed:
+            said.append(
+                f"{failed} of {len(records)} runs have failed; retry=failed runs them again"
             )
+        if left:
+            said.append(f"{left} of {len(records)} runs were stopped; the same command goes on")
+        if said:
+            raise SweepFailed("; ".join(said))
         return records
 
     def run_jobs(self, jobs: Sequence[Sequence[str]]) -> list[RunRecord | None]:
@@ -98,8 +110,13 @@ class Sweep(Sweeper):
         """
         checked = self.check(jobs)
         if checked[0].config["dry_run"] or self.only_plans:
+            self._only_looked = True
             self._launch(checked)
             return [None] * len(checked)
+        if in_process_group():
+            raise ConfigError(
+                ["a sweep starts the processes of its runs: start it once, not by torchrun or srun"]
+            )
         start_server()
         runs = list({job.identity: job for job in checked}.values())
         before = {job.identity: _to_begin_with(job) for job in runs}
@@ -115,7 +132,20 @@ class Sweep(Sweeper):
             free = [job for job in waiting if not is_busy(job.folder)]
             if not free:
                 time.sleep(POLL_S)
-            outcomes = self._launch(free) if free else []
+            try:
+                outcomes = self._launch(free) if free else []
+            except Exception as error:  # such as submitit's, of a task that is gone
+                print_summary(console, runs, _records(runs), before)
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                raise SweepFailed(
+                    f"the launcher gave up ({said[:300]}); the same command goes on"
+                ) from error
+            for job, outcome in zip(free, outcomes, strict=True):
+                if outcome is not None and outcome.status in FAILED and job.config["rerun"]:
+                    record = recorded_run(job.folder, job.identity)
+                    if record is not None and record.status not in FAILED:
+                        self._num_not_rerun += 1
+                        console.print(f"{job.name}: not run again: {outcome.error}", markup=False)
             ended = {
                 job for job, outcome in zip(free, outcomes, strict=True) if outcome != Outcome(BUSY)
             }
@@ -124,7 +154,7 @@ class Sweep(Sweeper):
                 for job in waiting
                 if job not in ended and not _done(recorded_run(job.folder, job.identity))
             ]
-        records = {job.identity: recorded_run(job.folder, job.identity) for job in runs}
+        records = _records(runs)
         print_summary(console, runs, records, before)
         return [records[job.identity] for job in checked]
 
@@ -148,6 +178,10 @@ class Sweep(Sweeper):
         return [job_return.return_value for job_return in returned]
 
 
+def _records(jobs: Sequence[Job]) -> dict[str, RunRecord | None]:
+    return {job.identity: recorded_run(job.folder, job.identity) for job in jobs}
+
+
 def _done(record: RunRecord | None) -> bool:
     return record is not None and record.status in DONE
 
@@ -163,5 +197,5 @@ def _to_begin_with(job: Job) -> RunRecord | None:
             record = replace(record, status="interrupted", error=said)
             write_record(record, job.folder)
     except RunIsBusy:
-        pass  # another sweep runs it again already
+        return None  # another sweep runs it again already
     return record

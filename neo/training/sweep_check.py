@@ -122,8 +122,8 @@ def _compose(
     context: HydraContext, master: DictConfig, name: str, overrides: list[str], check: bool
 ) -> Job:
     composed = context.config_loader.load_sweep_config(master, overrides)
-    launcher = str(composed.hydra.runtime.choices.get("hydra/launcher"))
-    elsewhere = "slurm" in launcher  # the machine that trains is another one
+    # the machine that trains is another one
+    elsewhere = "SlurmLauncher" in str(composed.hydra.launcher.get("_target_"))
     with open_dict(composed):
         del composed["hydra"]
     raw = OmegaConf.to_container(composed)
@@ -140,13 +140,21 @@ def _compose(
     folder = folder_of(config, identity)
     if check:
         check_config(config, here=not elsewhere)
+        if (nodes := config["trainer"].get("num_nodes", 1)) > 1:
+            raise ConfigError(
+                [
+                    f"trainer.num_nodes={nodes}: a run of many nodes is no job of a sweep; start "
+                    "it alone, on every node; README, Many devices"
+                ]
+            )
         recorded_run(folder, identity)
     return Job(name, overrides, config, identity, folder)
 
 
 def _compared_places(job: Job, same: Sequence[Job]) -> list[str]:
     """The places in which the job differs from others that are the same run."""
-    return [p for p in PLACES if any(_at(s.config, p) != _at(job.config, p) for s in same)]
+    compared = [p for p in PLACES if any(_at(s.config, p) != _at(job.config, p) for s in same)]
+    return sorted({*compared, *(job.config["distinct"] or ())}) if compared else []
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:
