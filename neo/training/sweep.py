@@ -108,15 +108,15 @@ class Sweep(Sweeper):
         Raises:
             ConfigError: Some jobs cannot run; none was started.
         """
+        if in_process_group() and not self.only_plans:
+            raise ConfigError(
+                ["a sweep starts the processes of its runs: start it once, not by torchrun or srun"]
+            )
         checked = self.check(jobs)
         if checked[0].config["dry_run"] or self.only_plans:
             self._only_looked = True
             self._launch(checked)
             return [None] * len(checked)
-        if in_process_group():
-            raise ConfigError(
-                ["a sweep starts the processes of its runs: start it once, not by torchrun or srun"]
-            )
         start_server()
         runs = list({job.identity: job for job in checked}.values())
         before = {job.identity: _to_begin_with(job) for job in runs}
