@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import ROWS, checkpoint, fit, history, power_cut, trained
+from fits import ROWS, checkpoint, fit, history, power_cut, settings, trained
 from lab import compose_raw
 
 from neo.config import ConfigError, run_id
 from neo.results.records import read_record
 from neo.train import train
 from neo.training.module import NeoModule
+from neo.training.run_folder import RunIsBusy, lock_run
 
 FILES = {
     "alpaca": ROWS / "alpaca.json",
@@ -80,6 +81,14 @@ def test_how_often_a_run_validates_changes_no_weight(student_dir, teacher_dir, t
             f"trainer.val_check_interval={often}", "trainer.max_epochs=2")  # fmt: skip
     for name, value in trained(tmp_path / "1").items():
         torch.testing.assert_close(trained(tmp_path / "1000")[name], value, rtol=0, atol=0)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(student_dir, tmp_path):
+    overrides = settings(student_dir, None, tmp_path, "method=lora", "trainer.max_steps=1")
+    with lock_run(tmp_path), pytest.raises(RunIsBusy, match="another process is training"):
+        train(compose_raw(*overrides), wait_s=0.0)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert train(compose_raw(*overrides), wait_s=0.0).status == "ok"
 
 
 def test_a_recorded_run_is_skipped_and_rerun_trains_it_again(student_dir, tmp_path, monkeypatch):
