@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_plugins._neo import SWEEPERS
-from neo.config import SPECS, ConfigError, build, conf_dir, open_groups, register, resolve, run_id
+from neo.config import ConfigError, conf_dir, open_groups, register, resolve, run_id
 from neo.models.start import is_computed
 from neo.training.command_line import REFUSED, console, explain, leave, quiet
 from neo.training.consistency import check_config
 from neo.training.device_plan import GIB, Plan
+from neo.training.meet import build_specs
 from neo.training.plan_table import (
     compute_line,
     parts_of,
@@ -113,9 +114,7 @@ def plan(composed: DictConfig) -> Planned:
 
 
 def _plan(config: dict[str, Any], overrides: str) -> Planned:
-    specs = {key: build(config[key]) for key in SPECS}
-    if specs["teacher"].path is None:
-        specs["teacher"] = None
+    specs = build_specs(config)
     trainer, notes = config["trainer"], []
     sample, vocab, note = sample_of(config, specs)
     if note is not None:

@@ -17,9 +17,7 @@ from omegaconf import DictConfig
 
 from hydra_plugins._neo import SWEEPERS
 from neo.config import (
-    SPECS,
     ConfigError,
-    build,
     conf_dir,
     open_groups,
     register,
@@ -41,7 +39,7 @@ from neo.training.launch import (
     is_first_process,
     tell_launcher,
 )
-from neo.training.meet import meet_all
+from neo.training.meet import build_specs, meet_all
 from neo.training.out_of_memory import OutOfMemory
 from neo.training.preflight import planned_or_refused
 from neo.training.run import Run
@@ -113,9 +111,7 @@ def train(composed: DictConfig, *, wait_s: float = PATIENCE_S) -> RunRecord | No
     if (recorded := _recorded(config, folder, identity)) is not None:
         return recorded
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    specs = {key: build(config[key]) for key in SPECS}
-    if specs["teacher"].path is None:
-        specs["teacher"] = None
+    specs = build_specs(config)
     meeting, data = meet_all(config, specs)
     if LAUNCHED not in os.environ:
         plan = planned_or_refused(config, specs, meeting.vocab, data)

@@ -27,8 +27,8 @@ def made_up(kind: type, came: Came) -> type:
     class MadeUp(kind):  # type: ignore[misc]
         ran: list[Job]
 
-        def run_jobs(self, jobs: Any) -> list[RunRecord | None]:
-            return [self.run(job) for job in self.check(jobs)]
+        def run_checked(self, checked: Any) -> list[RunRecord | None]:
+            return [self.run(job) for job in checked]
 
         def run(self, job: Job) -> RunRecord:
             if (record := recorded_run(job.folder, job.identity)) is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from neo.results.metrics import METRICS, quantity
 from neo.results.records import RunRecord
-from neo.results.summary import ABSENT, lookup, number_of
+from neo.results.summary import ABSENT, leaves, lookup, number_of
 from neo.results.table_spec import ColumnSpec
 from neo.results.tables import Table
 
@@ -115,7 +115,7 @@ def compared(table: Table) -> str:
 
 def swept(runs: Sequence[RunRecord]) -> list[str]:
     """The config keys that differ between runs, numbers first among them those of the branch."""
-    keys = dict.fromkeys(key for run in runs for key in _leaves(run.config))
+    keys = dict.fromkeys(key for run in runs for key, _ in leaves(run.config))
     found = [
         key
         for key in keys
@@ -240,14 +240,6 @@ def _where_logged(experiment: str, table: Table, key: str) -> Any:
 
 def _is_wandb(logger: dict[str, Any]) -> bool:
     return str(logger.get("_target_")).lower() == "neo.training.loggers.wandb"
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _is_numeric(runs: Sequence[RunRecord], key: str) -> bool:

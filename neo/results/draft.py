@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from neo.results.records import RunRecord
-from neo.results.summary import ABSENT, lookup, spell
+from neo.results.summary import ABSENT, leaves, lookup, spell
 from neo.results.tables import matches
 
 # The groups that a row is named by, the most telling first; those of a machine are not among them.
@@ -92,7 +92,7 @@ def _apart(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
 def _candidates(records: Sequence[RunRecord], where_it_ran: Sequence[str]) -> list[str]:
     """Return the keys that differ between the runs, the most telling first."""
     typed = [text.lstrip("+").partition("=")[0] for run in records for text in run.overrides]
-    config = {key for run in records for key in _leaves(run.config)}
+    config = {key for run in records for key in _legal(run.config)}
     ran = {key for key in config if any(f"{key}.".startswith(f"{path}.") for path in where_it_ran)}
     keys = [*CHOICES, *(key for key in typed if key in config), *sorted(config)]
     kept = [key for key in dict.fromkeys(keys) if key not in ran]
@@ -108,18 +108,16 @@ def _differs(records: Sequence[RunRecord], key: str) -> bool:
     return len({json.dumps(value) for value, _ in present}) > 1
 
 
-def _leaves(config: dict[str, Any], above: str = "") -> Iterator[str]:
+def _legal(config: dict[str, Any]) -> Iterator[str]:
     """Yield the dotted path of every value that a `where` can hold."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
-        elif not isinstance(value, list) or not any(isinstance(v, dict | list) for v in value):
-            yield f"{above}{key}"
+    for key, value in leaves(config):
+        if not isinstance(value, list) or not any(isinstance(v, dict | list) for v in value):
+            yield key
 
 
 def _any_key(records: Sequence[RunRecord]) -> list[str]:
     """Return a key for the one row of runs that differ in nothing but the seed."""
-    keys = [*CHOICES, *_leaves(records[0].config)]
+    keys = [*CHOICES, *_legal(records[0].config)]
     shared = [key for key in keys if all(_value(run, key) is not ABSENT for run in records)]
     if not shared:
         raise ValueError("no table.yaml can be started: the runs have no choice and no config")

@@ -2,13 +2,13 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from neo.results.metrics import quantity
 from neo.results.records import RunRecord
-from neo.results.summary import ABSENT, lookup, number_of, spell
+from neo.results.summary import ABSENT, leaves, lookup, number_of, spell
 from neo.results.tables import Table
 
 # Keys of the root config that say nothing about what was trained.
@@ -102,7 +102,7 @@ def require_key(runs: Sequence[RunRecord], key: str, place: str) -> None:
     """Raise ValueError where there are runs, and none has a choice or a config key `key`."""
     if not runs or any(lookup(run, key) is not ABSENT for run in runs):
         return
-    known = dict.fromkeys(k for run in runs for k in [*run.choices, *dict(_leaves(run.config))])
+    known = dict.fromkeys(k for run in runs for k in [*run.choices, *dict(leaves(run.config))])
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"legal: {', '.join(known)}"
     raise ValueError(f"{place}: no record has a choice or a config key {key!r}; {hint}")
@@ -127,17 +127,9 @@ def averaged_over(cells: Sequence[Sequence[RunRecord]], keys: Sequence[str]) -> 
 
 
 def _setting(run: RunRecord) -> dict[str, str]:
-    leaves = {k: spell(v) for k, v in _leaves(run.config) if k != "seed"}
+    values = {k: spell(v) for k, v in leaves(run.config) if k != "seed"}
     return {
         key: value
-        for key, value in (run.choices | leaves).items()
+        for key, value in (run.choices | values).items()
         if key.partition(".")[0] not in BOOKKEEPING
     }
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -2,11 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from neo.results.metrics import quantity
+from neo.results.metrics import FIELDS, quantity
 from neo.results.records import RunRecord
 from neo.results.table_spec import RowSpec
 
@@ -45,6 +45,12 @@ def number_of(run: RunRecord, key: str) -> float | None:
     return None if found is None else float(found)
 
 
+def numbers_of(run: RunRecord) -> dict[str, float | int]:
+    """Return every number of the run by its name: the metrics, and the fields that are known."""
+    fields = {name: getattr(run, name) for name in FIELDS}
+    return run.metrics | {name: value for name, value in fields.items() if value is not None}
+
+
 def by_seed(runs: Sequence[RunRecord], key: str) -> dict[int, float]:
     """Return seed to number, in recorded units, for the runs that have the number `key`."""
     found = {run.seed: number_of(run, key) for run in runs}
@@ -73,6 +79,15 @@ def lookup(run: RunRecord, key: str) -> Any:
             return ABSENT
         value = value[part]
     return value
+
+
+def leaves(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path and value of everything in the config that is no mapping."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def spell(value: Any) -> str:

@@ -105,14 +105,14 @@ class Compare(Trying):
         ]
         chosen, without = self._choose(runs)
         jobs = self._final(shared, {choice.value: [choice.setting] for choice in chosen})
-        if jobs:
-            configs = [job.config for job in self.check(list(jobs.values()))]
-            now = {choice: config for (choice, _, _), config in zip(jobs, configs, strict=True)}
+        last = self.check(list(jobs.values())) if jobs else []
+        if last:
+            now = {choice: job.config for (choice, _, _), job in zip(jobs, last, strict=True)}
             refuse_second_look(folder, self.over, self.search["key"], now)
         self._write_choice(chosen, without, folder)
         if self.baseline in without or len(chosen) < 2:
             raise SweepFailed("there is nothing to compare:\n  " + "\n  ".join(without.values()))
-        records = self.run_jobs(list(jobs.values()))
+        records = self.run_checked(last)
         found = [record for record in records if record is not None]
         text = write_table(folder, self.over, self.search, self.baseline, chosen, found,
                            notes(self._choose_spec(), chosen), self.halving)  # fmt: skip

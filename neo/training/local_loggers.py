@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from neo.results.metrics import FIELDS
 from neo.results.records import RunRecord
+from neo.results.summary import numbers_of
 from neo.training.run_labels import RunLabels
 
 
@@ -40,7 +40,7 @@ class TensorBoardRun(TensorBoardLogger):
         said = "  \n".join(text for text in (record.status, record.error) if text)
         self.experiment.add_text("status", said, self.last_step)
         if record.status in ("ok", "pruned"):
-            final = {f"final/{name}": value for name, value in numbers(record).items()}
+            final = {f"final/{name}": float(value) for name, value in numbers_of(record).items()}
             self.log_hyperparams(self.parameters, final, self.last_step)
         self.experiment.close()
 
@@ -94,17 +94,10 @@ class MLflowRun(MLFlowLogger):
     def finish(self, record: RunRecord, folder: Path) -> None:
         """Ends the run with the record's numbers, its status, and what stopped it."""
         known = ("train/", "val/")  # which were logged as they came
-        left = {k: v for k, v in numbers(record).items() if not k.startswith(known)}
+        left = {k: float(v) for k, v in numbers_of(record).items() if not k.startswith(known)}
         self.log_metrics(left, self.last_step)
         client = self.experiment
         client.set_tag(self.run_id, "status", record.status)
         client.set_tag(self.run_id, "error", record.error or "")
         ends = {"ok": "FINISHED", "pruned": "FINISHED", "interrupted": "KILLED"}
         client.set_terminated(self.run_id, ends.get(record.status, "FAILED"))
-
-
-def numbers(record: RunRecord) -> dict[str, float]:
-    """All numbers of a record: its metrics, and those that are fields."""
-    fields = {name: getattr(record, name) for name in FIELDS}
-    known = record.metrics | {name: value for name, value in fields.items() if value is not None}
-    return {name: float(value) for name, value in known.items()}

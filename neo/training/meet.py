@@ -1,12 +1,13 @@
 """Where models and data meet: what only both together can tell, checked before a weight is read."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from neo.config import ConfigError
+from neo.config import SPECS, ConfigError, build
 from neo.data.datamodule import DataModule, peek
 from neo.data.files import MalformedFile
 from neo.data.loader import TooManyBadRows
@@ -53,6 +54,14 @@ class Meeting:
     num_teacher_parameters: int
     trained_tensors: dict[str, tuple[int, ...]]
     notes: list[str]
+
+
+def build_specs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What models, branch, loss, rows and optimizer are to be; no teacher is None."""
+    specs = {key: build(config[key]) for key in SPECS}
+    if specs["teacher"].path is None:
+        specs["teacher"] = None
+    return specs
 
 
 def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, DataModule]:

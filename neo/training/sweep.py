@@ -97,10 +97,7 @@ class Sweep(Sweeper):
         return records
 
     def run_jobs(self, jobs: Sequence[Sequence[str]]) -> list[RunRecord | None]:
-        """The record of each job, which is run unless it is recorded; None for dry runs.
-
-        All are checked before the first starts. A run that another sweep trains is waited for, and
-        taken over should that one die.
+        """The record of each job, all of which are checked before the first starts.
 
         Args:
             jobs: The overrides of each.
@@ -108,11 +105,13 @@ class Sweep(Sweeper):
         Raises:
             ConfigError: Some jobs cannot run; none was started.
         """
-        if in_process_group() and not self.only_plans:
-            raise ConfigError(
-                ["a sweep starts the processes of its runs: start it once, not by torchrun or srun"]
-            )
-        checked = self.check(jobs)
+        return self.run_checked(self.check(jobs))
+
+    def run_checked(self, checked: Sequence[Job]) -> list[RunRecord | None]:
+        """The record of each job, which is run unless it is recorded; None for dry runs.
+
+        A run that another sweep trains is waited for, and taken over should that one die.
+        """
         if checked[0].config["dry_run"] or self.only_plans:
             self._only_looked = True
             self._launch(checked)
@@ -164,6 +163,10 @@ class Sweep(Sweeper):
         Raises:
             ConfigError: Some of them cannot run.
         """
+        if in_process_group() and not self.only_plans:
+            raise ConfigError(
+                ["a sweep starts the processes of its runs: start it once, not by torchrun or srun"]
+            )
         assert self.config is not None
         assert self.hydra_context is not None
         return check_jobs(self.hydra_context, self.config, jobs, only_compose=self.only_plans)

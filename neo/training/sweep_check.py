@@ -9,10 +9,10 @@ from typing import Any
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from neo.config import SPECS, ConfigError, build, resolve, run_id
+from neo.config import ConfigError, resolve, run_id
 from neo.training.command_line import console, quiet
 from neo.training.consistency import check_config
-from neo.training.meet import CannotRun, meet_all
+from neo.training.meet import CannotRun, build_specs, meet_all
 from neo.training.preflight import RATES, planned_or_refused
 from neo.training.run_folder import folder_of, recorded_run
 
@@ -172,9 +172,7 @@ def _what_meets(config: Mapping[str, Any]) -> str:
 
 
 def _meet(config: dict[str, Any]) -> None:
-    specs = {key: build(config[key]) for key in SPECS}
-    if specs["teacher"].path is None:
-        specs["teacher"] = None
+    specs = build_specs(config)
     meeting, data = meet_all(config, specs)
     planned_or_refused(config, specs, meeting.vocab, data)
 

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from neo.results.dashboard import BEST, STEP
-from neo.results.metrics import FIELDS
 from neo.results.records import RunRecord
+from neo.results.summary import numbers_of
 from neo.training.run_labels import RunLabels
 
 
@@ -106,15 +106,13 @@ def summary(record: RunRecord, log: Path) -> dict[str, Any]:
     The best of a validation metric is taken from the whole of `metrics.csv`: W&B itself knows
     those since the last resume only.
     """
-    numbers: dict[str, Any] = dict(record.metrics)
+    numbers: dict[str, Any] = dict(numbers_of(record))
     logged = _columns(log)
     for name, best in BEST.items():
         if name in numbers:
             pick = min if best == "min" else max
             found = pick([numbers[name], *logged.get(name, [])])
             numbers[name] = {best: found, "last": numbers[name]}
-    fields = {name: getattr(record, name) for name in FIELDS}
-    numbers |= {name: value for name, value in fields.items() if value is not None}
     # Of a run that went on, an error of before must not stay.
     return numbers | {"status": record.status, "error": record.error or "", "run_id": record.run_id}
 
