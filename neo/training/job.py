@@ -18,7 +18,8 @@ def hydra_choices() -> tuple[dict[str, str], list[str]]:
     if not HydraConfig.initialized():
         return {}, []
     hydra_config = HydraConfig.get()
-    choices = {k: str(v) for k, v in hydra_config.runtime.choices.items() if "/" not in k}
+    chosen = hydra_config.runtime.choices
+    choices = {k: str(v) for k, v in chosen.items() if "/" not in k and v is not None}
     return choices, [override.removeprefix("++") for override in hydra_config.overrides.task]
 
 
