@@ -52,6 +52,7 @@ WHERE_IT_RAN = (
 OWN_KEYS = ("trainer.device_memory_gib",)  # which the run itself reads, and no target takes
 
 GROUPS = ("method", "student", "teacher", "lora", "loss", "data", "optim", "trainer", "logger")
+WHOLE = ("pair", "scale", "experiment")  # groups that choose and set keys of the others
 _GROUP_KEY = re.compile(rf"({'|'.join(GROUPS)})\.[\w.]+=")
 
 
@@ -153,9 +154,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def run_id(config: Mapping[str, Any]) -> str:
-    """Eight hex digits that name a resolved config, whatever device it runs on.
-
-    Keys that `distinct` names count all the same.
+    """Eight hex digits that name a config, whatever device it runs on; `distinct` names keys of it.
 
     Example:
         >>> run_id({"seed": 0, "logger": "wandb"}) == run_id({"seed": 0, "logger": "csv"})

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from lab import compose
 
-from neo.config import GROUPS, conf_dir, validate
+from neo.config import GROUPS, WHOLE, conf_dir, validate
 
 CHOICES = [
     (folder.name, file.stem)
@@ -17,7 +17,14 @@ NEEDS = {
     ("lora", "none"): ["method=kd"],
     ("teacher", "none"): ["method=lora"],
     ("data", "jsonl"): ["data.path=rows.jsonl"],
+    ("student", "llama3_1_pruned_1b"): ["student.path=pruned"],
+    ("pair", "llama3_1_pruned_1b"): ["student.path=pruned"],
 }
+# The paper's experiments, each at two scales, and what the scale decides in all of them.
+TWO_SCALES = sorted(
+    folder.name for folder in (conf_dir() / "experiment").iterdir()
+    if folder.is_dir() and folder.name != "shared"
+)  # fmt: skip
 
 SEARCHED = ("variants", "variants_search")
 
@@ -38,7 +45,7 @@ def test_every_shipped_file_says_first_what_it_is(group, choice):
 
 def test_the_groups_of_the_schema_are_the_folders():
     folders = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
-    assert folders == {*GROUPS, "experiment", "hydra"}
+    assert folders == {*GROUPS, *WHOLE, "hydra"}
 
 
 @pytest.mark.parametrize("experiment", [c for g, c in CHOICES if g == "experiment"])
@@ -104,3 +111,61 @@ def test_the_table_of_the_search_asks_for_every_point_of_the_grid():
     assert [(name, float(lr)) for name, lr in points] == [
         (name, lr) for name in compared_variants() for lr in grid
     ]
+
+
+@pytest.mark.parametrize("experiment", TWO_SCALES)
+def test_every_experiment_of_the_paper_has_its_settings_at_both_scales(experiment):
+    mini, paper = (compose(f"experiment={experiment}", f"scale={s}") for s in ("mini", "paper"))
+    for config in (mini, paper):
+        validate(config)
+        assert config["experiment_name"] == experiment
+    assert mini["student"]["path"] == "neo://mini-student"
+    assert mini["lora"]["r"] == 16
+    assert mini["data"]["label_noise"] == 0.3
+    assert paper["student"]["path"] == "meta-llama/Llama-3.2-1B-Instruct"
+    assert paper["teacher"]["path"] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert paper["data"]["path"] == "BAAI/Infinity-Instruct"
+    assert paper["lora"]["lora_alpha"] == 2 * paper["lora"]["r"]
+    assert paper["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_the_scale_of_the_paper_has_the_settings_of_its_released_code():
+    config = compose("experiment=main", "scale=paper")
+    assert config["optim"]["lr"] == 2e-4
+    assert config["lora"]["r"] == 64
+    assert config["loss"]["kd_ratio"] == 0.5
+    assert config["data"]["max_length"] == 2048
+    assert config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] == 8
+    # 10,000 rows that are trained on, and a few more to hold out
+    assert config["trainer"]["max_steps"] * 8 == 10_000
+    kept = config["data"]["max_rows"] * (1 - config["data"]["val_share"])
+    assert 10_000 < kept < 10_200
+    sft = compose("experiment=main", "scale=paper", "method=sft")
+    assert sft["optim"]["lr"] == 2e-5
+    assert sft["teacher"]["path"] is None
+
+
+def test_what_is_typed_beats_the_pair_and_the_pair_beats_the_scale():
+    given = ["experiment=main", "scale=paper", "pair=llama2_tinyllama"]
+    config = compose(*given)
+    assert config["teacher"]["path"] == "meta-llama/Llama-2-7b-chat-hf"
+    assert config["student"]["path"] == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    assert compose(*given, "student=mini")["student"]["path"] == "neo://mini-student"
+
+
+def test_without_an_experiment_the_default_scale_changes_nothing():
+    assert compose()["lora"]["r"] == 64
+    assert compose("scale=mini") == compose()
+
+
+def test_the_steps_of_the_data_sizes_follow_from_their_rows():
+    for steps in (1250, 12_500, 125_000):
+        config = compose("experiment=data_size", "scale=paper", f"trainer.max_steps={steps}")
+        assert config["data"]["max_rows"] * (1 - config["data"]["val_share"]) > 8 * steps
+
+
+@pytest.mark.parametrize("group", ["student", "teacher"])
+def test_every_model_of_the_pairs_says_whose_choice_it_is(group):
+    for file in sorted((conf_dir() / "pair").glob("*.yaml")):
+        (choice,) = re.findall(rf"override /{group}: (\w+)", file.read_text())
+        assert (conf_dir() / group / f"{choice}.yaml").is_file()

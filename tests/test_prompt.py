@@ -13,6 +13,7 @@ LLAMA3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+DATED = "{{ strftime_now('%d %b %Y') }}" + LLAMA3  # Llama 3.2's writes the date into each prompt
 # no system role, roles must alternate, the answer has a space on either side
 LLAMA2 = (
     "{% for m in messages %}"
@@ -83,6 +84,13 @@ STYLES = {
     "plain": (lambda: byte_level_tokenizer(None), "plain", "<|im_end|>"),
     "plain on metaspace": (lambda: metaspace_tokenizer(None), "plain", "</s>"),
     "chatml shipped": (lambda: byte_level_tokenizer(None), "chatml", "<|im_end|>"),
+    "llama3 shipped": (
+        lambda: byte_level_tokenizer(
+            DATED, *LLAMA3_TOKENS, eos_token="<|eot_id|>", bos_token="<|begin_of_text|>"
+        ),
+        "llama3",
+        "<|eot_id|>",
+    ),
 }
 
 
@@ -233,10 +241,10 @@ def test_an_answer_that_merges_with_the_prompt_is_refused():
 
 
 def test_a_missing_or_unknown_template_names_the_shipped_ones():
-    assert template_names() == ["chatml", "plain"]
-    with pytest.raises(ValueError, match=r"data.chat_template=null.*chatml, plain"):
+    assert template_names() == ["chatml", "llama3", "plain"]
+    with pytest.raises(ValueError, match=r"data.chat_template=null.*chatml, llama3, plain"):
         PromptEncoder(byte_level_tokenizer(None), 64)
-    with pytest.raises(ValueError, match=r"data.chat_template='nmae'.*chatml, plain"):
+    with pytest.raises(ValueError, match=r"data.chat_template='nmae'.*chatml, llama3, plain"):
         PromptEncoder(TINY, 64, "nmae")
 
 

@@ -12,7 +12,18 @@ from neo.results.summary import ABSENT, leaves, lookup, spell
 from neo.results.tables import matches
 
 # The groups that a row is named by, the most telling first; those of a machine are not among them.
-CHOICES = ("method", "lora", "loss", "student", "teacher", "data", "optim", "experiment")
+CHOICES = (
+    "method",
+    "lora",
+    "loss",
+    "student",
+    "teacher",
+    "data",
+    "optim",
+    "pair",
+    "scale",
+    "experiment",
+)
 METRICS = ("val/kd", "val/ce")
 COSTS = ("num_trainable_parameters", "perf/peak_mem_gib", "seconds")
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from neo.config import GROUPS, ConfigError, RunConfig, meant
+from neo.config import GROUPS, WHOLE, ConfigError, RunConfig, meant
 from neo.training.launch import in_process_group, is_first_process, tell_launcher
 
 # What a user's config may raise.
@@ -43,7 +43,7 @@ def explain(error: Exception) -> str:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return text
     if found := re.search(r"Could not override '([^']*)'|Key '(\w+)' not in 'RunConfig'", text):
-        key, groups = found[1] or found[2], [*GROUPS, "experiment"]
+        key, groups = found[1] or found[2], [*GROUPS, *WHOLE]
         keys = [field.name for field in fields(RunConfig) if field.name not in groups]
         guess = meant(key, [*groups, *keys])
         return (
