@@ -116,9 +116,9 @@ def test_the_table_of_the_search_asks_for_every_point_of_the_grid():
 @pytest.mark.parametrize("experiment", TWO_SCALES)
 def test_every_experiment_of_the_paper_has_its_settings_at_both_scales(experiment):
     mini, paper = (compose(f"experiment={experiment}", f"scale={s}") for s in ("mini", "paper"))
-    for config in (mini, paper):
+    for config, name in ((mini, experiment), (paper, f"{experiment}_paper")):
         validate(config)
-        assert config["experiment_name"] == experiment
+        assert config["experiment_name"] == name  # so that their runs are never mixed
     assert mini["lora"]["r"] == 16
     if experiment != "cost":  # the mini-lab's models are too small to time
         assert mini["student"]["path"] == "neo://mini-student"
