@@ -6,6 +6,7 @@ import pytest
 from lab import ROWS, write_rows
 from sweeps import by, records, small, sweep
 
+from neo.config import conf_dir
 from neo.training import sweep as sweep_module
 from neo.training.run_folder import lock_run
 
@@ -216,3 +217,18 @@ def test_a_sweep_that_every_rank_would_begin_is_refused(student_dir, tmp_path, m
     assert sweep(*small(student_dir, None, "method=lora", "seed=0,1")) == 2
     assert "start it once, not by torchrun or srun" in capfd.readouterr().err
     assert not records(tmp_path)
+
+
+def test_a_sweep_in_a_file_may_name_a_key_that_its_groups_file_does_not(
+    student_dir, teacher_dir, tmp_path
+):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "late.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      loss.kd_positions: aligned,release\n"
+    )
+    assert "kd_positions" not in (conf_dir() / "loss" / "forward_kl.yaml").read_text()
+    words = small(student_dir, teacher_dir, f"hydra.searchpath=[file://{tmp_path / 'conf'}]",
+                  "experiment=late", "dry_run=true")  # fmt: skip
+    assert sweep(*words) == 0
