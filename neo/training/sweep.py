@@ -5,8 +5,9 @@ a sweep is started again to go on, and started twice to go faster.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -43,7 +44,7 @@ class Sweep(Sweeper):
 
     only_plans = False
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
+    def __init__(self, params: Mapping[str, Any] | None = None) -> None:
         self.params = params or {}
         self.launcher: Launcher | None = None
         self._num_launched = self._num_not_rerun = 0
