@@ -1,8 +1,6 @@
 """Where a wrong answer departs from the right one."""
 
-from itertools import zip_longest
-
-from neo.data.prompt import Example
+from neo.data.prompt import IGNORE, Example
 
 
 def departure(given: Example, right: Example) -> int | None:
@@ -14,10 +12,11 @@ def departure(given: Example, right: Example) -> int | None:
     Raises:
         ValueError: The two are not answers to one conversation.
     """
-    pairs = zip_longest(given.targets, right.targets)
-    at = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    pairs = enumerate(zip(given.targets, right.targets, strict=False))
+    # Where one of the two was cut off, nothing says how it would go on.
+    at = next((at for at, (a, b) in pairs if a != b and IGNORE not in (a, b)), None)
     # The ids before a departure are the question and what the two answers share.
-    stop = None if at is None else at + 1
+    stop = min(len(given.input_ids), len(right.input_ids)) if at is None else at + 1
     if given.input_ids[:stop] != right.input_ids[:stop]:
         raise ValueError(
             "right_rows: must be the rows in the same order, with nothing changed but the last "

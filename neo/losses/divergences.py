@@ -36,7 +36,7 @@ def cross_entropy(
 
 
 def entropy(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """Entropy of a model's distribution, in nats per token; an id ruled out by minus infinity adds 0.
+    """Entropy of a model's distribution, in nats per token; ids without probability add nothing.
 
     Example:
         >>> entropy(torch.zeros(1, 2))

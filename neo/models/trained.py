@@ -28,9 +28,7 @@ def load_trained(
     if (run / "adapter").is_dir():
         model = with_adapter(base.load(device, trained=False, seed=seed), run / "adapter")
     elif (run / "model").is_dir():
-        whole = dataclasses.replace(
-            base, path=str(run / "model"), revision=None, random_init=False
-        )
+        whole = dataclasses.replace(base, path=str(run / "model"), revision=None, random_init=False)
         model = whole.load(device, trained=True)
     else:
         raise ValueError(f"run={run}: holds neither adapter/ nor model/; did the run finish?")

@@ -1,5 +1,6 @@
 """Positions drawn: a few rows token by token, and all of them by what their targets are."""
 
+import re
 import textwrap
 from collections.abc import Mapping
 
@@ -13,22 +14,31 @@ from matplotlib.patches import Patch
 
 from neo.results.figures import DPI, STYLE, WIDTH, png
 from neo.results.looks import GREY, group_looks
-from neo.results.positions import BEHIND, LABELS, RIGHT, UNKNOWN, WRONG, Positions, check_together
+from neo.results.position_table import (
+    BEHIND,
+    LABELS,
+    RIGHT,
+    UNKNOWN,
+    WRONG,
+    Positions,
+    check_together,
+)
 
-# Blue and orange for right and wrong, as colour-blind readers tell them apart; see `looks`.
-COLOURS = {RIGHT: "#56B4E9", WRONG: "#D55E00", BEHIND: "#E69F00", UNKNOWN: "#999999"}
+# Of Okabe and Ito's colours, none that the lines of the first students have (`looks`).
+COLOURS = {RIGHT: "#56B4E9", WRONG: "#D55E00", BEHIND: "#CC79A7", UNKNOWN: "#999999"}
 HATCHES = {RIGHT: "", WRONG: "//", BEHIND: "..", UNKNOWN: ""}
 MAX_ROWS = 4  # side by side, with tokens that can still be read
 TITLE_CHARACTERS = 110  # in a line over the whole width
 BINS = 10
+SPECIAL = re.compile(r"<\|.*\|>|</?s>|<[a-z_]+>")  # as nearly all tokenizers write them
 
 
 def draw_rows(students: Mapping[str, Positions], titles: Mapping[int, str]) -> bytes:
     """Return a few rows token by token, as PNG.
 
-    Above, the probability of each target: the teacher's as a bar, the students' as marks; where the
-    teacher has another token in mind it stands under the target. Below, the divergence of each
-    student, and the teacher's entropy as a bar.
+    Above, the probability of each target: the teacher's as a bar, the students' as marks. Below,
+    the divergence of each student as a line, and the teacher's entropy as a bar; where the teacher
+    has another token in mind it stands under the target, in brackets.
 
     Args:
         students: By name, the positions of one student each; all of the same rows.
@@ -48,7 +58,7 @@ def rows_figure(students: Mapping[str, Positions], titles: Mapping[int, str]) ->
     if missing := [row for row in titles if row not in first.row]:
         last = int(first.row.max())
         raise ValueError(f"titles: no positions of row {missing[0]}; there are rows 0 to {last}")
-    widths = [int((first.row == row).sum()) + 1 for row in titles]
+    widths = [max(int((first.row == row).sum()), 6) + 1 for row in titles]  # room for a title
     with style.context(["default", STYLE]):
         figure = _figure(5.2)
         grid = figure.subplots(
@@ -140,8 +150,8 @@ def _draw_targets(axes: Axes, students: Mapping[str, Positions]) -> None:
     for number, (name, (colour, _, mark)) in enumerate(group_looks(list(students)).items()):
         beside = 0.2 * (number - (len(students) - 1) / 2)  # where they agree, all are seen
         axes.plot(
-            places + beside, students[name].student_target, color=colour, marker=mark, ls="none", ms=6,
-            mec="white", mew=0.8,
+            places + beside, students[name].student_target, color=colour, marker=mark, ls="none",
+            ms=6, mec="white", mew=0.8,
         )  # fmt: skip
     axes.set_ylim(0, 1.05)
 
@@ -164,9 +174,9 @@ def _ticks(positions: Positions) -> list[str]:
 
 
 def _shown(token: str) -> str:
-    """A token as it can be seen, and as matplotlib takes it for no formula."""
+    """A token as it can be seen, a special one as a box, and none as a formula of matplotlib's."""
     text = token.replace(" ", "␣").replace("\n", "↵").replace("$", r"\$")
-    return text[2:-2] if text.startswith("<|") and text.endswith("|>") else text
+    return "■" if SPECIAL.fullmatch(token) else text
 
 
 def _legend(figure: Figure, first: Positions, students: Mapping[str, Positions]) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,10 +15,9 @@ from neo.data.prompt import IGNORE, Example, PromptEncoder
 from neo.data.rows import detect_schema, to_conversation
 from neo.losses.distillation import Distillation
 from neo.losses.divergences import cross_entropy, entropy
-from neo.models.head import head_of
-from neo.models.hidden import hidden_states
 from neo.models.tokenizers import num_token_ids
-from neo.results.positions import BEHIND, RIGHT, UNKNOWN, WRONG, Positions
+from neo.results.position_table import BEHIND, RIGHT, UNKNOWN, WRONG, Positions
+from neo.training.token_loss import outputs_of
 
 Row = Mapping[str, Any]
 
@@ -101,8 +99,9 @@ def _numbers(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, loss: Distillation, vocab: int
 ) -> dict[str, Tensor]:
     """By name, a number for each supervised position of a batch."""
-    targets: Int64[Tensor, " tokens"] = batch.targets[batch.targets != IGNORE]
-    s, t = (_logits(model, batch, vocab) for model in (student, teacher))
+    supervised = batch.targets != IGNORE
+    targets = batch.targets[supervised]
+    s, t = (outputs_of(model, batch, supervised).logits(vocab) for model in (student, teacher))
     top = t.argmax(-1)
     numbers = {
         "teacher_target": cross_entropy(t, targets).neg().exp(),
@@ -114,14 +113,6 @@ def _numbers(
         "agree": s.argmax(-1) == top,
     }
     return {name: value.cpu() for name, value in numbers.items()}
-
-
-def _logits(model: PreTrainedModel, batch: Batch, vocab: int) -> Float[Tensor, "tokens vocab"]:
-    """The model's logits at the supervised positions, over the ids that both models share."""
-    hidden = hidden_states(model, batch.input_ids, batch.position_ids)
-    head = head_of(model)
-    chosen = hidden[(batch.targets != IGNORE).to(hidden.device)].to(head.weight.device)
-    return head.bounded(head.products(chosen).float())[:, :vocab]
 
 
 def _supervised(example: Example) -> list[int]:

@@ -1,10 +1,14 @@
 """What a student and its teacher say at each supervised position, and what that comes to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
+
+from neo.results.markdown import line
+from neo.results.printing import number
 
 # What a target is: right; the first wrong token of an answer, which has the right ones before it;
 # what comes behind that one; or a target of which nobody says whether it is right.
@@ -51,15 +55,14 @@ class Positions:
 
     def at(self, which: Bool[np.ndarray, " tokens"]) -> "Positions":
         """Those that are chosen."""
-        chosen = np.flatnonzero(which)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        places = np.flatnonzero(which)
+
+        def chosen(value: Any) -> Any:
+            is_array = isinstance(value, np.ndarray)
+            return value[places] if is_array else tuple(value[place] for place in places)
+
         return Positions(
-            **{
-                name: value[chosen]
-                if isinstance(value, np.ndarray)
-                else tuple(value[i] for i in chosen)
-                for name, value in values.items()
-            }
+            **{field.name: chosen(getattr(self, field.name)) for field in fields(self)}
         )
 
     def of_row(self, row: int) -> "Positions":
@@ -69,13 +72,6 @@ class Positions:
     def labelled(self, *labels: str) -> "Positions":
         """Those whose target is one of these `LABELS`."""
         return self.at(np.isin(np.array(self.label), labels))
-
-
-_COLUMNS: tuple[tuple[str, Callable[[Positions], Float[np.ndarray, " tokens"]], str], ...] = (
-    ("teacher's p(target)", lambda x: x.teacher_target, ".3f"),
-    ("mass missed by the label", lambda x: x.missed, ".3f"),
-    ("teacher's entropy (nats)", lambda x: x.teacher_entropy, ".3f"),
-)
 
 
 def check_together(students: Mapping[str, Positions]) -> Positions:
@@ -89,29 +85,33 @@ def check_together(students: Mapping[str, Positions]) -> Positions:
     first, *others = students.values()
     for name, other in zip(list(students)[1:], others, strict=True):
         if not np.array_equal(first.row, other.row) or list(first.token) != list(other.token):
-            raise ValueError(f"students[{name!r}]: positions of other rows than the first student's")
+            raise ValueError(
+                f"students[{name!r}]: positions of other rows than the first student's"
+            )
     return first
 
 
 def render_positions(students: Mapping[str, Positions]) -> str:
     """Return, as a Markdown table, means over the positions of each label, and over all of them.
 
+    Args:
+        students: By name, the positions of one student each; all of the same rows.
+
     Raises:
-        ValueError: The students' positions are not of the same rows.
+        ValueError: There is none, or they are positions of other rows.
     """
     first = check_together(students)
-    heads = ["target", "positions", *(name for name, _, _ in _COLUMNS)]
-    for name in students:
-        heads += [f"p(target), {name}", f"kd (nats), {name}", f"share of all kd, {name}"]
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' --: |' * (len(heads) - 1)}"]
-    wanted = [(label, (label,)) for label in LABELS if label in first.label] + [("all", LABELS)]
-    for name, labels in wanted:
-        chosen = first.labelled(*labels)
-        cells = [name, f"{len(chosen.token):,}"]
-        cells += [format(float(get(chosen).mean()), form) for _, get, form in _COLUMNS]
-        for whole in students.values():
-            own = whole.labelled(*labels)
-            share = own.kd.sum() / whole.kd.sum() if whole.kd.sum() else 0.0
-            cells += [f"{own.student_target.mean():.3f}", f"{own.kd.mean():.3f}", f"{share:.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    heads = ["target", "positions", "p(target), teacher", "missed by the label"]
+    heads += ["entropy, teacher (nats)", *(f"p(target), {name}" for name in students)]
+    heads += [f"kd, {name} (nats)" for name in students]
+    grid = [line(heads), line(["---"] + ["--:"] * (len(heads) - 1))]
+    groups = {label: (label,) for label in LABELS if label in first.label} | {"all": LABELS}
+    for name, labels in groups.items():
+        teachers = first.labelled(*labels)
+        own = [positions.labelled(*labels) for positions in students.values()]
+        means = [teachers.teacher_target, teachers.missed, teachers.teacher_entropy]
+        means += [positions.student_target for positions in own]
+        means += [positions.kd for positions in own]
+        numbers = [number(float(values.mean()), 3) for values in means]
+        grid.append(line([name, f"{len(teachers.row):,}", *numbers]))
+    return "\n".join(grid) + "\n"
