@@ -3,7 +3,7 @@ from lab import tokenizer
 
 from neo.data.departure import departure
 from neo.data.mini_data import MiniData
-from neo.data.prompt import IGNORE, Example, PromptEncoder
+from neo.data.prompt import IGNORE, PromptEncoder
 
 
 def messages(answer, question="2 + 3?"):

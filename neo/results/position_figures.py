@@ -70,7 +70,7 @@ def rows_figure(students: Mapping[str, Positions], titles: Mapping[int, str]) ->
             _draw_targets(upper, own)
             _draw_gaps(lower, own)
             characters = round(TITLE_CHARACTERS * widths[column] / sum(widths))
-            upper.set_title(textwrap.fill(title, characters), fontsize=9)
+            upper.set_title(textwrap.fill(title, characters), fontsize=9, parse_math=False)
         grid[0, 0].set_ylabel("p(target)")
         grid[1, 0].set_ylabel("nats")
         grid[1, 0].set_ylim(0, 1.05 * max(axes.dataLim.y1 for axes in grid[1]))  # shared
@@ -164,7 +164,7 @@ def _draw_gaps(axes: Axes, students: Mapping[str, Positions]) -> None:
         axes.plot(
             places, students[name].kd, color=colour, ls=dash, marker=mark, ms=5, lw=1.2, mec="white"
         )
-    axes.set_xticks(places, _ticks(first), fontsize=9)
+    axes.set_xticks(places, _ticks(first), fontsize=9, parse_math=False)
 
 
 def _ticks(positions: Positions) -> list[str]:
@@ -174,9 +174,8 @@ def _ticks(positions: Positions) -> list[str]:
 
 
 def _shown(token: str) -> str:
-    """A token as it can be seen, a special one as a box, and none as a formula of matplotlib's."""
-    text = token.replace(" ", "␣").replace("\n", "↵").replace("$", r"\$")
-    return "■" if SPECIAL.fullmatch(token) else text
+    """A token as it can be seen, a special one as a box."""
+    return "■" if SPECIAL.fullmatch(token) else token.replace(" ", "␣").replace("\n", "↵")
 
 
 def _legend(figure: Figure, first: Positions, students: Mapping[str, Positions]) -> None:
