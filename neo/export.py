@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from neo.config import ConfigError, build, validate
+from neo.config import build
 from neo.models.causal_lm import CausalLM
 from neo.models.quantization import dequantized
 from neo.models.student import PROBE, logits_on
+from neo.models.trained import with_adapter
+from neo.training.finished_run import run_config
 
 CPU = torch.device("cpu")
 BOUNDS = {True: 1e-4, False: 5e-2}  # by whether all is in float32
@@ -144,7 +145,7 @@ def export(
     """
     if bound is not None and not bound > 0:
         raise ValueError(f"bound={bound}: must be a number above 0")
-    config = _run_config(run)
+    config = run_config(run)
     if run.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"out={out}: holds the run itself; choose another folder")
     if out.exists() and not out.is_dir():
@@ -196,17 +197,10 @@ def _merge(run: Path, student: CausalLM, seed: int, folder: Path, probe: Probe) 
         base = dequantized(rounded.load(CPU, trained=False))
         origin = f"{probe.origin}, on the base's {student.quantization} weights, dequantised"
     stored = student.config().dtype or torch.float32
-    merged: Any = _adapted(base, run / "adapter").merge_and_unload(safe_merge=True)
+    merged: Any = with_adapter(base, run / "adapter").merge_and_unload(safe_merge=True)
     merged.to(stored).save_pretrained(folder)
     student.tokenizer().save_pretrained(folder)
     return f"merged weights ({origin}; {str(stored).removeprefix('torch.')})"
-
-
-def _adapted(base: PreTrainedModel, folder: Path) -> Any:
-    try:
-        return PeftModel.from_pretrained(base, folder)
-    except (SafetensorError, RuntimeError) as error:  # shapes that do not fit the base
-        raise ValueError(f"{folder}: PEFT cannot load it: {str(error).splitlines()[0]}") from error
 
 
 def _load(folder: Path, student: CausalLM, probe: Probe) -> Any:
@@ -218,7 +212,7 @@ def _load(folder: Path, student: CausalLM, probe: Probe) -> Any:
     plain = dataclasses.replace(
         student, dtype=probe.dtype, attn_implementation=None, activation_checkpointing=False
     )
-    return _adapted(plain.load(CPU, trained=False), folder)
+    return with_adapter(plain.load(CPU, trained=False), folder)
 
 
 def _compare(what: str, model: Any, probe: Probe, bound: float | int | None) -> Exported:
@@ -266,20 +260,6 @@ def _probe(run: Path) -> Probe:
             return Probe(**tensors, **{k: opened.metadata()[k] for k in ("dtype", "origin")})
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _run_config(run: Path) -> dict[str, Any]:
-    """The config of a run, checked as any other: it names code that will be called."""
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"run={run}: holds no config.yaml, it is not the folder of a run")
-    if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-        raise ValueError(f"run={run}: holds neither adapter/ nor model/; did the run finish?")
-    config = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(config, dict) or "student" not in config:
-        raise ConfigError([f"{file}: has no student"])
-    validate(config)  # type: ignore[arg-type]
-    return config  # type: ignore[return-value]
 
 
 def _name_base(adapter: Path, student: CausalLM) -> None:

@@ -92,6 +92,18 @@ def _job(composed: DictConfig) -> Outcome | None:
     return None
 
 
+def compose(*overrides: str) -> DictConfig:
+    """The config of a command line, for `train`: what it is typed with, from Python.
+
+    Example:
+        >>> compose("method=kd", "seed=3").seed
+        3
+    """
+    register()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose("config", open_groups(list(overrides)))
+
+
 def train(composed: DictConfig, *, wait_s: float = PATIENCE_S) -> RunRecord | None:
     """One run, from its composed config to its record; None for a dry run.
 

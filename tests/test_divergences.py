@@ -12,6 +12,7 @@ from neo.losses.divergences import (
     adaptive_kl,
     adaptive_weights,
     cross_entropy,
+    entropy,
     forward_kl,
     jsd,
     reverse_kl,
@@ -516,3 +517,13 @@ def test_a_skew_that_leaves_nothing_to_compare_is_refused(divergence, skew):
 def test_a_head_of_nothing_or_of_everything_is_refused(head_mass):
     with pytest.raises(ValueError, match=r"head_mass=.*\(0, 1\); take forward_kl instead of 1"):
         adaptive_kl(torch.zeros(1, 2), torch.zeros(1, 2), head_mass=head_mass)
+
+
+def test_entropy_is_that_of_the_distribution_and_ids_ruled_out_add_nothing():
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    torch.testing.assert_close(entropy(logits), expected.float())
+    ruled_out = torch.cat([logits, torch.full((7, 3), -math.inf)], dim=1).requires_grad_()
+    torch.testing.assert_close(entropy(ruled_out), expected.float())
+    (gradient,) = torch.autograd.grad(entropy(ruled_out).sum(), ruled_out)
+    assert gradient.isfinite().all()

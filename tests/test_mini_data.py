@@ -16,6 +16,14 @@ def test_the_rows_are_those_of_the_mini_lab():
     ]
 
 
+def test_right_rows_are_the_rows_with_all_answers_right():
+    data = MiniData(num_rows=40, label_noise=0.5)
+    for row, right in zip(data.rows(), data.right_rows(), strict=True):
+        assert not right["noisy"]
+        assert row["messages"][:-1] == right["messages"][:-1]
+        assert (row["messages"][-1] != right["messages"][-1]) == row["noisy"]
+
+
 def test_training_and_validation_use_all_rows_of_either():
     data = MiniData(num_rows=40, num_val_rows=16, max_length=256)
     module = DataModule(data, build_tokenizer(), seed=0)

@@ -11,7 +11,7 @@ from lab import compose_raw
 
 from neo.config import ConfigError, run_id
 from neo.results.records import read_record
-from neo.train import train
+from neo.train import compose, train
 from neo.training.module import NeoModule
 from neo.training.run_folder import RunIsBusy, lock_run
 
@@ -243,3 +243,9 @@ def test_a_gpu_trains_in_bf16_and_keeps_what_is_trained_in_fp32(
     losses = history(tmp_path, "train/loss")
     assert losses[-1] < losses[0]
     assert all(value.dtype == torch.float32 for value in trained(tmp_path).values())
+
+
+def test_a_config_composed_from_python_is_that_of_the_command_line():
+    arguments = ["method=kd", "student.dtype=bfloat16", "seed=3"]  # a key that no file mentions
+    assert compose(*arguments) == compose_raw(*arguments)
+    assert compose(*arguments).student.dtype == "bfloat16"

@@ -57,6 +57,10 @@ class MiniData(Data):
             self.split, self.num_rows, seed=self.rows_seed, label_noise=self.label_noise
         )
 
+    def right_rows(self) -> list[dict[str, Any]]:
+        """The rows of `rows` in the same order, all of them with their right answers."""
+        return mini_rows(self.split, self.num_rows, seed=self.rows_seed)
+
     def val_rows(self) -> list[dict[str, Any]] | None:
         """The validation rows, the same for every noise."""
         if not self.num_val_rows:

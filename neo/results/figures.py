@@ -30,7 +30,7 @@ def draw_figure(table: Table, curves: Mapping[str, Path]) -> bytes | None:
         ValueError: A panel is over a key that no record has, or a log is no log.
     """
     figure = build_figure(table, table.spec.figures, curves)
-    return None if figure is None else _png(figure)
+    return None if figure is None else png(figure)
 
 
 def draw_named(table: Table, curves: Mapping[str, Path]) -> dict[str, bytes]:
@@ -46,7 +46,7 @@ def draw_named(table: Table, curves: Mapping[str, Path]) -> dict[str, bytes]:
         if number > 1:
             raise ValueError(f"figures: {number} panels have the name {name!r}")
     drawn = {panel.name: build_figure(table, [panel], curves) for panel in named}
-    return {f"figure-{name}.png": _png(figure) for name, figure in drawn.items() if figure}
+    return {f"figure-{name}.png": png(figure) for name, figure in drawn.items() if figure}
 
 
 def build_figure(
@@ -74,11 +74,12 @@ def build_figure(
     return figure
 
 
-def _png(figure: Figure) -> bytes:
-    png = io.BytesIO()
+def png(figure: Figure) -> bytes:
+    """Return the figure as PNG."""
+    file = io.BytesIO()
     with style.context(["default", STYLE]):
-        figure.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def _require_keys(table: Table, panels: Sequence[PanelSpec]) -> None:

@@ -40,11 +40,11 @@ def batch_sums(
     released = kd_positions == "release" and teacher is not None
     compared = one_later(supervised) if released else supervised
     used = supervised | compared
-    of_student = _outputs(student, batch, used)
+    of_student = outputs_of(student, batch, used)
     of_teacher = None
     if teacher is not None:
         with torch.no_grad():
-            of_teacher = _outputs(teacher, batch, used)
+            of_teacher = outputs_of(teacher, batch, used)
     if released and of_teacher is not None:
         which = (supervised[used], compared[used])
         return _release_sums(of_student, of_teacher, *which, targets, spec, vocab)
@@ -61,26 +61,35 @@ def one_later(which: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch length
 
 
 @dataclass(frozen=True)
-class _Outputs:
+class Outputs:
     """What a model gives for some tokens: hidden states, and what its head makes logits of."""
 
     hidden: Float[Tensor, "tokens d"]
     branch: Float[Tensor, "tokens r"] | None
     head: Head
 
-    def at(self, which: Bool[Tensor, " tokens"]) -> "_Outputs":
+    def at(self, which: Bool[Tensor, " tokens"]) -> "Outputs":
         """Those of the tokens that are chosen."""
         branch = None if self.branch is None else self.branch[which]
         return replace(self, hidden=self.hidden[which], branch=branch)
 
+    def logits(self, vocab: int) -> Float[Tensor, "tokens vocab"]:
+        """Those that the loss is taken of, over the ids in [0, `vocab`); without gradient."""
+        dtype = self.hidden.dtype
+        branch = None if self.branch is None else self.branch.detach().to(dtype)
+        return self.head.to(dtype).logits(self.hidden.detach(), stop=vocab, branch_input=branch)
 
-def _outputs(model: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch length"]) -> _Outputs:
+
+def outputs_of(
+    model: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch length"]
+) -> Outputs:
+    """What the model gives for the tokens chosen, on the device of `which`."""
     hidden = hidden_states(model, batch.input_ids, batch.position_ids)
     # Of a teacher on a device of its own, nothing but the tokens wanted travels.
     hidden = hidden[which.to(hidden.device)].to(which.device)
     head = head_of(model)
     lora = head.lora
-    return _Outputs(
+    return Outputs(
         hidden,
         None if lora is None else lora.states(hidden),
         Head(
@@ -94,8 +103,8 @@ def _outputs(model: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch le
 
 
 def _sums(
-    student: _Outputs,
-    teacher: _Outputs | None,
+    student: Outputs,
+    teacher: Outputs | None,
     targets: Int64[Tensor, " tokens"],
     spec: Distillation,
     vocab: int,
@@ -116,8 +125,8 @@ def _sums(
 
 
 def _release_sums(
-    student: _Outputs,
-    teacher: _Outputs,
+    student: Outputs,
+    teacher: Outputs,
     supervised: Bool[Tensor, " used"],
     compared: Bool[Tensor, " used"],
     targets: Int64[Tensor, " tokens"],
