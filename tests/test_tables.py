@@ -13,9 +13,10 @@ from neo.results.cells import cells, lines
 from neo.results.markdown import marked, render_markdown
 from neo.results.printing import MISSING
 from neo.results.records import STATUSES
+from neo.results.row_spec import RowSpec
 from neo.results.summary import summarize
 from neo.results.table_csv import render_csv
-from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
+from neo.results.table_spec import ColumnSpec, TableSpec
 from neo.results.tables import build_table
 
 
