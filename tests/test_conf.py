@@ -17,6 +17,7 @@ NEEDS = {
     ("lora", "none"): ["method=kd"],
     ("teacher", "none"): ["method=lora"],
     ("data", "jsonl"): ["data.path=rows.jsonl"],
+    ("experiment", "card"): ["scale=paper"],
 }
 
 SEARCHED = ("variants", "variants_search")
@@ -44,7 +45,8 @@ def test_the_groups_of_the_schema_are_the_folders():
 @pytest.mark.parametrize("experiment", [c for g, c in CHOICES if g == "experiment"])
 @pytest.mark.parametrize("method", ["sft", "lora", "kd", "neo"])
 def test_every_experiment_runs_with_every_method(experiment, method):
-    config = compose(f"experiment={experiment}", f"method={method}")
+    given = NEEDS.get(("experiment", experiment), [])
+    config = compose(f"experiment={experiment}", f"method={method}", *given)
     if experiment in ("mini_teacher", "mini_student") and method != "sft":
         return  # they build the base that there is no branch on yet
     if experiment in SEARCHED and method in ("sft", "kd"):

@@ -324,7 +324,8 @@ def test_under_the_table_stand_rule_command_code_dates_devices_and_versions():
         )
         for seed in range(2)
     ]
-    text = render_markdown(build_table(spec([row("neo")], command="make demo"), records))
+    rows = [row("neo"), row("kd")]
+    text = render_markdown(build_table(spec(rows, command="make demo"), records))
     for expected in (
         "# T\n",
         "two-sided paired t test",
