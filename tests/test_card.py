@@ -1,17 +1,16 @@
 """The released model's card: what is composed is what the card says, and what its table awaits."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from example_runs import example_run
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from lab import compose_raw
 
 from neo.config import conf_dir, register, resolve, validate
 from neo.results.table_spec import read_table_spec
 from neo.results.tables import matches
+from neo.training.command_line import REFUSED, explain
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "card"
 # Of the model card, as percentages; MMLU of Neo was cut off.
@@ -25,7 +24,6 @@ TASKS = ["arc_challenge", "arc_easy", "ceval-valid", "cmmlu", "mmlu"]
 @pytest.fixture(scope="module")
 def composed():
     register()
-    GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         found = compose("config", ["experiment=card", "scale=paper"], return_hydra_config=True)
     choices = {k: v for k, v in found.hydra.runtime.choices.items() if v is not None}
@@ -72,13 +70,14 @@ def test_the_readme_has_the_commands_of_the_table():
         assert f"\n{command.strip()}\n" in readme
 
 
-def test_without_the_papers_scale_it_is_refused_with_what_to_add():
-    done = subprocess.run(
-        [sys.executable, "-m", "neo.train", "experiment=card"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip() == "experiment=card: there is no scale=mini of it; add scale=paper"
-    assert done.stdout == ""
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        ("card", "experiment=card: there is no scale=mini of it; add scale=paper"),
+        ("crad", "In 'config': Could not find 'experiment/crad'"),
+    ],
+)
+def test_without_the_papers_scale_it_is_refused_with_what_to_add(experiment, message):
+    with pytest.raises(REFUSED) as refused:
+        compose_raw(f"experiment={experiment}")
+    assert explain(refused.value).startswith(message)
