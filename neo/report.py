@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from neo.results.choice import Choice, choose, notes, overrides
@@ -10,7 +10,9 @@ from neo.results.collect import collect, log_of
 from neo.results.draft import draft
 from neo.results.latex import render_latex
 from neo.results.markdown import render_markdown
+from neo.results.pending import check_all_pending, check_waits
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
+from neo.results.row_spec import RowSpec
 from neo.results.table_csv import render_csv
 from neo.results.table_spec import TableSpec, read_table_spec
 from neo.results.tables import Table, build_table
@@ -175,7 +177,8 @@ def load(name: str, *, experiments: Path = Path("experiments")) -> Report:
     """Return what the committed records of the experiment `name` give, nothing written.
 
     Raises:
-        ValueError: The experiment is not there, or its `table.yaml` or a record is wrong.
+        ValueError: The experiment is not there, its `table.yaml` or a record is wrong, or there
+            is no record and a row does not say that it waits for one.
     """
     folder = experiments / name
     if not (folder / "table.yaml").is_file():
@@ -262,12 +265,26 @@ def _read(name: str, spec: TableSpec, sources: list[Path]) -> Report:
     """Return what is to be rendered; of records of one run, that under the last source counts."""
     latest = {record.run_id: (path, record) for path, record in _records(sources)}
     records = [record for _, record in latest.values()]
+    if not records:
+        check_all_pending(spec)
     table = build_table(spec, records)
+    if table.not_run:
+        _check_waits(table.not_run)
     curves = {
         run_id: log for run_id, (path, _) in latest.items() if (log := log_of(path)).is_file()
     }
     choices = [] if spec.choose is None else choose(spec.choose, spec.rows, table.runs)
     return Report(name, table, records, choices, curves)
+
+
+def _check_waits(rows: list[RowSpec]) -> None:
+    """Raise ValueError where a row waits for a run that no config can make."""
+    from neo.config import RunConfig, conf_dir  # Hydra with it, which few reports need
+
+    folders = [folder for folder in conf_dir().iterdir() if folder.is_dir()]
+    choices = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in folders}
+    choices["method"] |= {"base", "teacher"}  # what an evaluation records beside the runs
+    check_waits(rows, choices, [field.name for field in fields(RunConfig)])
 
 
 def _difference(path: Path, expected: bytes | None) -> str:

@@ -11,8 +11,9 @@ from neo.results.bootstrap import _interval, bootstrap_interval
 from neo.results.cells import against_lines, cells
 from neo.results.markdown import marked, render_markdown
 from neo.results.paired import holm
+from neo.results.row_spec import RowSpec
 from neo.results.table_csv import render_csv
-from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
+from neo.results.table_spec import ColumnSpec, TableSpec
 from neo.results.tables import build_table
 
 BASE = [1.0, 2.0, 3.0, 4.0, 5.0]

@@ -2,7 +2,8 @@ import pytest
 from example_runs import example_run
 
 from neo.results.choice import choose, notes, overrides
-from neo.results.table_spec import ChooseSpec, RowSpec
+from neo.results.row_spec import RowSpec
+from neo.results.table_spec import ChooseSpec
 
 SPEC = ChooseSpec(by="lora", key="optim.lr", metric="val/kd")
 GRID = [0.001, 0.003, 0.01]

@@ -8,7 +8,8 @@ from example_runs import example_run
 from matplotlib.text import Text
 
 from neo.results.figures import build_figure, draw_figure, draw_named
-from neo.results.table_spec import ColumnSpec, PanelSpec, RowSpec, TableSpec
+from neo.results.row_spec import RowSpec
+from neo.results.table_spec import ColumnSpec, PanelSpec, TableSpec
 from neo.results.tables import build_table
 
 BARS = PanelSpec(kind="bars", x=["eval/mini/exact_match", "eval/mini/exact_match/*"])

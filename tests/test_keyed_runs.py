@@ -2,7 +2,8 @@ import pytest
 from example_grid import KD, grid, run_at
 
 from neo.results.keyed_runs import averaged_over, keyed_runs, require_key, shown_runs
-from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
+from neo.results.row_spec import RowSpec
+from neo.results.table_spec import ColumnSpec, TableSpec
 from neo.results.tables import build_table
 
 

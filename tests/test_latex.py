@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from neo.results.latex import escape, render_latex
-from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
+from neo.results.row_spec import RowSpec
+from neo.results.table_spec import ColumnSpec, TableSpec
 from neo.results.tables import build_table
 
 SPECIAL = "\\~^`<>|&%$#_{}"

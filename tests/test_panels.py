@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from neo.results.looks import COLOURS
 from neo.results.panels import draw_bars, draw_scatter, draw_seeds, expand
+from neo.results.row_spec import RowSpec
 from neo.results.summary import TableRow
-from neo.results.table_spec import RowSpec
 
 TASK = "eval/mini/exact_match"
 STYLES = {"neo": (COLOURS[0], ""), "sft": (COLOURS[1], "")}

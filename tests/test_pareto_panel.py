@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from neo.results.pareto_panel import FRONT, REFERENCE, REST, draw_pareto, pareto_front, spread
+from neo.results.row_spec import RowSpec
 from neo.results.summary import TableRow
-from neo.results.table_spec import RowSpec
 
 TASK = "eval/mini/exact_match"
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=14)

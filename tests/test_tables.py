@@ -13,9 +13,10 @@ from neo.results.cells import cells, lines
 from neo.results.markdown import marked, render_markdown
 from neo.results.printing import MISSING
 from neo.results.records import STATUSES
+from neo.results.row_spec import RowSpec
 from neo.results.summary import summarize
 from neo.results.table_csv import render_csv
-from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec
+from neo.results.table_spec import ColumnSpec, TableSpec
 from neo.results.tables import build_table
 
 
@@ -323,7 +324,8 @@ def test_under_the_table_stand_rule_command_code_dates_devices_and_versions():
         )
         for seed in range(2)
     ]
-    text = render_markdown(build_table(spec([row("neo")], command="make demo"), records))
+    rows = [row("neo"), row("kd")]
+    text = render_markdown(build_table(spec(rows, command="make demo"), records))
     for expected in (
         "# T\n",
         "two-sided paired t test",

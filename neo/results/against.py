@@ -167,10 +167,16 @@ def note(baseline: str, num_pairs: int, interval: str = "t") -> str:
     return text
 
 
-def leader_note(*, has_groups: bool) -> str:
-    """Return what the bold numbers of a table without a baseline are."""
+def leader_note(*, has_groups: bool, turned: bool = False) -> str:
+    """Return what the bold numbers of a table without a baseline are.
+
+    Args:
+        has_groups: Whether rows compete within groups only.
+        turned: Whether the rows stand as columns.
+    """
+    kind, among = ("column", "line") if turned else ("row", "group" if has_groups else "column")
     return (
-        f"Bold: better than every other row of its {'group' if has_groups else 'column'} that has "
+        f"Bold: better than every other {kind} of its {among} that has "
         "a number there, each by the two-sided paired t test over the seeds that both have, with "
         f"p < {LEVEL} after Holm's correction for all of them. The test takes the differences of "
         "the seeds for draws from a normal distribution, which few seeds cannot show; where "

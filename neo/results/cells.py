@@ -9,6 +9,15 @@ from neo.results.table_spec import ColumnSpec
 from neo.results.tables import Table
 
 
+def grid(table: Table) -> tuple[list[Cell], list[list[Cell]]]:
+    """Return the head and the lines of the table as they are read, turned where it says so."""
+    head, body = [Cell(text) for text in headers(table)], lines(table)
+    if not table.spec.transpose:
+        return head, body
+    first, *others = ([*line] for line in zip(head, *body, strict=True))
+    return first, others
+
+
 def headers(table: Table) -> list[str]:
     """Return the printed headers: group where there is one, row, n, and the columns."""
     group = [table.spec.group_label] if table.has_groups else []
@@ -39,6 +48,8 @@ def cells(table: Table) -> list[list[Cell]]:
 
 def count(row: TableRow) -> str:
     """Return how many runs of the row finished and how many did not, as in "3 (1 oom)"."""
+    if row.spec.is_quoted:
+        return MISSING
     ends = Counter(run.status for run in row.failed)
     failed = ", ".join(f"{ends[status]} {status}" for status in sorted(ends))
     return f"{len(row.runs)} ({failed})" if failed else str(len(row.runs))
@@ -62,6 +73,9 @@ def against_lines(table: Table) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _cell(row: TableRow, column: ColumnSpec, *, bold: bool) -> Cell:
+    if row.spec.is_quoted:
+        given = row.spec.quoted.get(column.key)
+        return Cell(MISSING) if given is None else Cell(_printed(given, column), italic=True)
     if column.source == "config":
         return Cell(spelt_values(row.runs, column.key) or MISSING)
     summary = summarize(row.runs, column.key)

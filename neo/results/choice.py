@@ -7,8 +7,9 @@ from typing import Any
 
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
+from neo.results.row_spec import RowSpec
 from neo.results.summary import ABSENT, lookup, number_of, spell
-from neo.results.table_spec import ChooseSpec, RowSpec
+from neo.results.table_spec import ChooseSpec
 
 UNFINISHED = ("interrupted",)  # no outcome: such a run is to be run again
 

@@ -3,7 +3,7 @@ r"""A table as LaTeX, to be read into a paper by `\input`."""
 import re
 from collections.abc import Sequence
 
-from neo.results.cells import against_lines, headers, lines
+from neo.results.cells import against_lines, grid
 from neo.results.notes import against_note, failures, origin, rule
 from neo.results.printing import Cell
 from neo.results.tables import Table
@@ -55,11 +55,12 @@ def render_latex(table: Table, name: str, notes: Sequence[str] = ()) -> str:
         *origin(table),
     ]
     text = "".join(f"% {' '.join(part.split())}\n" for part in parts)
-    text += _float(table, spec.title, label, headers(table), lines(table), under)
+    text += _float(table, spec.title, label, *grid(table), under)
     if spec.baseline:
         title = f"{spec.title}. Against {spec.baseline}, seed by seed"
         head, body = against_lines(table)
-        text += "\n" + _float(table, title, f"{label}-against", head, body, [against_note(table)])
+        cells = [Cell(text) for text in head]
+        text += "\n" + _float(table, title, f"{label}-against", cells, body, [against_note(table)])
     return text
 
 
@@ -73,12 +74,12 @@ def _float(
     table: Table,
     title: str,
     label: str,
-    head: list[str],
+    head: list[Cell],
     body: list[list[Cell]],
     under: Sequence[str],
 ) -> str:
     left = 2 if table.has_groups else 1
-    rows = [r"\toprule", _row([escape(text) for text in head]), r"\midrule"]
+    rows = [r"\toprule", _row([_cell(cell, is_number=False) for cell in head]), r"\midrule"]
     above = None
     for cells in body:
         first, *rest = [_cell(cell, is_number=i >= left) for i, cell in enumerate(cells)]

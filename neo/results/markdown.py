@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from neo.results.cells import against_lines, headers, lines
+from neo.results.cells import against_lines, grid
 from neo.results.notes import against_note, failures, origin, rule
 from neo.results.printing import Cell
 from neo.results.tables import Table
@@ -16,12 +16,13 @@ def render_markdown(table: Table, notes: Sequence[str] = ()) -> str:
         notes: Lines to stand under the table, such as what was chosen from it.
     """
     spec = table.spec
-    parts = [f"# {spec.title}", "", *_grid(table, headers(table), lines(table)), ""]
+    parts = [f"# {spec.title}", "", *_grid(table, *grid(table)), ""]
     parts += [spec.note, ""] if spec.note else []
     parts += [rule(table)]
     if spec.baseline:
         parts += ["", f"## Against {spec.baseline}, seed by seed", ""]
-        parts += [*_grid(table, *against_lines(table)), "", against_note(table)]
+        head, body = against_lines(table)
+        parts += [*_grid(table, [Cell(text) for text in head], body), "", against_note(table)]
     if table.failed:
         parts += ["", "Runs that did not finish:", ""]
         parts += [f"- {plain(text)}" for text in failures(table)]
@@ -49,7 +50,8 @@ def plain(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _grid(table: Table, head: list[str], body: list[list[Cell]]) -> list[str]:
+def _grid(table: Table, head: list[Cell], body: list[list[Cell]]) -> list[str]:
     left = 2 if table.has_groups else 1
     rule = line(["---"] * left + ["--:"] * (len(head) - left))
-    return [line(head), rule, *(line([marked(cell) for cell in row]) for row in body)]
+    first, *others = (line([marked(cell) for cell in row]) for row in (head, *body))
+    return [first, rule, *others]

@@ -1,8 +1,11 @@
 """What stands under a table: what its numbers mean, and what they were made from."""
 
+from collections import Counter
+
 from neo.results import against
 from neo.results.printing import MISSING
 from neo.results.records import RunRecord
+from neo.results.row_spec import RowSpec
 from neo.results.tables import Table
 
 
@@ -11,21 +14,47 @@ def rule(table: Table) -> str:
     spec = table.spec
     text = (
         f"Mean ± sample standard deviation over n seeds, without ± where all are equal; {MISSING} "
-        "was not measured."
+        f"was not measured{' or is not quoted' if any(r.is_quoted for r in spec.rows) else ''}."
     )
     if any(column.range for column in spec.columns):
         text += " In square brackets the lowest and the highest seed."
     if spec.baseline:
         text += f" Bold: better than {spec.baseline} by the paired test of the second table."
-    elif any(column.better for column in spec.columns):
-        text += " " + against.leader_note(has_groups=table.has_groups)
+    elif any(column.better for column in spec.columns) and _competes(table):
+        text += " " + against.leader_note(has_groups=table.has_groups, turned=spec.transpose)
     if table.failed:
         text += " A run that did not finish stands in brackets beside n and is in no mean."
     if any(row.reference for row in spec.rows):
-        text += " Rows in italics are for reference and do not compete."
+        kind = "Columns" if spec.transpose else "Rows"
+        text += f" {kind} in italics are for reference and do not compete."
     if any(row.paper for row in spec.rows):
         text += " In brackets the paper's number and ours minus it."
-    return text
+    return " ".join([text, *outstanding(table)])
+
+
+def outstanding(table: Table) -> list[str]:
+    """Return a sentence for each source of quoted rows, and one for the rows without a run."""
+    labels = {column.key: column.label for column in table.spec.columns}
+    sources: dict[str, list[RowSpec]] = {}
+    for row in table.spec.rows:
+        if row.is_quoted:
+            sources.setdefault(row.source, []).append(row)
+    found = []
+    for source, rows in sources.items():
+        text = f"Quoted and not measured here: {'; '.join(row.name for row in rows)}; from {source}"
+        for row in rows:
+            missing = [labels[key] for key, value in row.quoted.items() if value is None]
+            text += f"; not given of {row.name}: {', '.join(missing)}" if missing else ""
+        found.append(f"{text}.")
+    if table.not_run:
+        found.append(f"Not run yet: {'; '.join(row.name for row in table.not_run)}.")
+    return found
+
+
+def _competes(table: Table) -> bool:
+    """Whether any group has two rows that could be compared."""
+    rows = Counter(row.group for row in table.spec.rows if not row.reference)
+    return max(rows.values(), default=0) > 1
 
 
 def against_note(table: Table) -> str:

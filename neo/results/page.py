@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from neo.results.cells import against_lines, headers, lines
+from neo.results.cells import against_lines, grid
 from neo.results.notes import against_note, rule
 from neo.results.page_data import page_data
 from neo.results.panels import COLOURS
@@ -98,11 +98,14 @@ def _facts(table: Table, records: Sequence[RunRecord]) -> str:
 def _summary(table: Table, records: Sequence[RunRecord], notes: Sequence[str]) -> str:
     """Return the tabs: the table, its comparison with the baseline, notes, origin, added text."""
     left = 2 if table.has_groups else 1
-    panels = [("Over seeds", _table(headers(table), lines(table), left) + _small(rule(table)))]
+    turned = table.spec.transpose
+    over_seeds = _table(*grid(table), left, turned=turned)
+    panels = [("Over seeds", over_seeds + _small(rule(table)))]
     if table.spec.baseline:
         head, rows = against_lines(table)
         base = table.spec.baseline
-        panels.append((f"Against {base}", _table(head, rows, left) + _small(against_note(table))))
+        compared = _table([Cell(text) for text in head], rows, left)
+        panels.append((f"Against {base}", compared + _small(against_note(table))))
     if notes:
         panels.append(("Notes", f'<pre class="card">{html.escape(chr(10).join(notes))}</pre>'))
     panels.append(("Origin", _origin(table, records)))
@@ -123,9 +126,11 @@ def _summary(table: Table, records: Sequence[RunRecord], notes: Sequence[str]) -
 
 
 def _table(
-    head: Sequence[str],
+    head: Sequence[Cell],
     body: Sequence[Sequence[Cell]],
     left: int,
+    *,
+    turned: bool = False,
 ) -> str:
     """Return a table of printed cells, of which the first `left` columns are texts.
 
@@ -133,19 +138,20 @@ def _table(
         head: Headers; a unit in brackets goes under its label.
         body: Rows of cells.
         left: Number of columns that are no numbers.
+        turned: Whether the labels with units stand at the left, and not above.
     """
+    above, beside = (_marked, _header) if turned else (_header, _marked)
     kinds = ["" if i < left else ' class="number"' for i in range(len(head))]
     kinds[left - 1] = ' class="stick"'
     top = "".join(
-        f'<th scope="col"{kind}>{_header(text)}</th>'
-        for kind, text in zip(kinds, head, strict=True)
+        f'<th scope="col"{kind}>{above(cell)}</th>' for kind, cell in zip(kinds, head, strict=True)
     )
     rows = []
     for line in body:
         cells = []
         for k, (kind, cell) in enumerate(zip(kinds, line, strict=True)):
             if k == left - 1:
-                cells.append(f'<th scope="row"{kind}>{_marked(cell)}</th>')
+                cells.append(f'<th scope="row"{kind}>{beside(cell)}</th>')
             else:
                 cells.append(f"<td{kind}>{_marked(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -159,9 +165,11 @@ def _small(text: str) -> str:
     return f'<p class="muted fine">{html.escape(text)}</p>'
 
 
-def _header(text: str) -> str:
+def _header(cell: Cell) -> str:
     """Return a header with its unit and arrow in small letters under the label."""
-    found = re.fullmatch(r"(?P<label>.*?)(?: \((?P<unit>[^()]*)\))?(?P<arrow> [↑↓])?", text, re.S)
+    found = re.fullmatch(
+        r"(?P<label>.*?)(?: \((?P<unit>[^()]*)\))?(?P<arrow> [↑↓])?", cell.text, re.S
+    )
     assert found is not None  # every part may be empty
     under = f"{found['unit'] or ''}{found['arrow'] or ''}".strip()
     small = f"<small>{html.escape(under)}</small>" if under else ""

@@ -12,7 +12,7 @@ class Cell:
     Attributes:
         text: The whole of it, or the part that may be marked.
         bold: Whether `text` is marked as clearly good.
-        italic: Whether `text` is the label of a reference row.
+        italic: Whether `text` is the label of a reference row, or a quoted number.
         rest: What follows, never marked.
     """
 

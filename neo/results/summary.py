@@ -8,7 +8,7 @@ from typing import Any
 
 from neo.results.metrics import FIELDS, quantity
 from neo.results.records import RunRecord
-from neo.results.table_spec import RowSpec
+from neo.results.row_spec import RowSpec
 
 ABSENT = object()
 

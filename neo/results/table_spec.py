@@ -11,30 +11,10 @@ from yaml import YAMLError
 from neo.results.entries import Entries
 from neo.results.metrics import field_info, metric_info
 from neo.results.panel_spec import PanelSpec, read_panel
+from neo.results.row_spec import RowSpec, read_row
 
-Scalar = str | int | float | bool | None
-Value = Scalar | list[Scalar]  # a list of values stands for itself where it stands in a list
 SOURCES = ("metric", "field", "config")
 INTERVALS = ("t", "bootstrap")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSpec:
-    """One row of a table: the runs that match every entry of `where`.
-
-    Attributes:
-        label: As printed.
-        where: Config group or dotted config path to the values it may have.
-        group: Rows are compared with rows of the same group only.
-        reference: Shown but not compared, such as the teacher; without a group it goes with all.
-        paper: Column to the published number, in the column's printed unit.
-    """
-
-    label: str
-    where: dict[str, list[Value]]
-    group: str = ""
-    reference: bool = False
-    paper: dict[str, float | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +70,8 @@ class TableSpec:
         interval: Of the differences to the baseline, one of `INTERVALS`.
         choose: What is chosen from the runs of the table.
         included: Markdown to stand under the table.
+        transpose: Whether the columns stand as lines and the rows as columns; the comparison with
+            a baseline stays as it is.
     """
 
     title: str
@@ -103,6 +85,7 @@ class TableSpec:
     interval: str = "t"
     choose: ChooseSpec | None = None
     included: str = ""
+    transpose: bool = False
 
 
 def read_table_spec(path: Path | str) -> TableSpec:
@@ -122,7 +105,7 @@ def read_table_spec(path: Path | str) -> TableSpec:
 
 def _table(node: Any, folder: Path) -> TableSpec:
     entries = Entries(node, "")
-    rows = [_row(row, f"rows[{i}]") for i, row in enumerate(entries.take("rows", list))]
+    rows = [read_row(row, f"rows[{i}]") for i, row in enumerate(entries.take("rows", list))]
     columns = [_column(c, f"columns[{i}]") for i, c in enumerate(entries.take("columns", list))]
     figures = [
         read_panel(p, f"figures[{i}]")
@@ -141,10 +124,11 @@ def _table(node: Any, folder: Path) -> TableSpec:
         interval=entries.take("interval", str, default="t"),
         choose=None if choose is None else _choose(choose),
         included=_included(entries.take("include", str, default=""), folder),
+        transpose=entries.take("transpose", bool, default=False),
     )
     entries.finish()
     for name, values in (
-        ("rows", [f"{row.group} / {row.label}" if row.group else row.label for row in rows]),
+        ("rows", [row.name for row in rows]),
         ("columns", [column.key for column in columns]),
     ):
         if not values:
@@ -153,9 +137,13 @@ def _table(node: Any, folder: Path) -> TableSpec:
             raise ValueError(f"{name}: {', '.join(sorted(repeated))} stands there more than once")
     keys = [column.key for column in columns]
     for i, row in enumerate(rows):
-        for key in row.paper:
-            if key not in keys:
-                raise ValueError(f"rows[{i}].paper: {key!r} is no column; legal: {', '.join(keys)}")
+        for entry, numbers in (("paper", row.paper), ("quoted", row.quoted)):
+            for key in numbers:
+                if key not in keys:
+                    legal = ", ".join(keys)
+                    raise ValueError(f"rows[{i}].{entry}: {key!r} is no column; legal: {legal}")
+    if spec.transpose and any(row.group for row in rows):
+        raise ValueError("transpose: a table of groups is not turned; leave out one of the two")
     _check_baseline(spec)
     return spec
 
@@ -210,28 +198,6 @@ def _included(name: str, folder: Path) -> str:
     if not (folder / name).is_file():
         raise ValueError(f"include: {name!r} is not there; a Markdown file's path from {folder}")
     return (folder / name).read_text(encoding="utf-8")
-
-
-def _row(node: Any, place: str) -> RowSpec:
-    entries = Entries(node, place)
-    where = entries.take("where", dict)
-    if not where:
-        raise ValueError(f"{place}.where: names nothing, so every run would match")
-    paper = entries.take("paper", dict, default={})
-    for key, value in paper.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{place}.paper.{key}: {value!r} is not a number")
-    row = RowSpec(
-        label=entries.take("label", str),
-        where={
-            str(key): value if isinstance(value, list) else [value] for key, value in where.items()
-        },
-        group=entries.take("group", str, default=""),
-        reference=entries.take("reference", bool, default=False),
-        paper=paper,
-    )
-    entries.finish()
-    return row
 
 
 def _column(node: Any, place: str) -> ColumnSpec:

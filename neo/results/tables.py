@@ -7,8 +7,9 @@ from typing import Any
 from neo.results import against
 from neo.results.against import Comparison
 from neo.results.records import RunRecord
+from neo.results.row_spec import RowSpec, Value
 from neo.results.summary import ABSENT, TableRow, lookup
-from neo.results.table_spec import ColumnSpec, RowSpec, TableSpec, Value
+from neo.results.table_spec import ColumnSpec, TableSpec
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,19 @@ class Table:
     @property
     def failed(self) -> list[tuple[str, RunRecord]]:
         """Row label and run, for every run that matches a row and did not finish."""
-        return [(_name(row.spec), run) for row in self.rows for run in row.failed]
+        return [(row.spec.name, run) for row in self.rows for run in row.failed]
 
     @property
     def runs(self) -> list[RunRecord]:
         """Every run that the table shows, failed ones too, each once."""
         shown = [run for row in self.rows for run in row.runs] + [run for _, run in self.failed]
         return list({run.run_id: run for run in shown}.values())
+
+    @property
+    def not_run(self) -> list[RowSpec]:
+        """The rows that wait for a run: marked as pending, and none matches."""
+        rows = (row for row in self.rows if row.spec.pending)
+        return [row.spec for row in rows if not row.runs and not row.failed]
 
     @property
     def has_groups(self) -> bool:
@@ -96,7 +103,7 @@ def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
                 continue
             if run.seed in seeds:
                 raise ValueError(
-                    f"rows[{i}] ({_name(row.spec)}) matches two runs of seed {run.seed}: "
+                    f"rows[{i}] ({row.spec.name}) matches two runs of seed {run.seed}: "
                     f"{seeds[run.seed]} and {run.run_id}; 'where' must tell them apart"
                 )
             seeds[run.seed] = run.run_id
@@ -108,8 +115,11 @@ def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
 
 
 def matches(run: RunRecord, where: dict[str, list[Value]]) -> bool:
-    """Return whether the run has, at every key of `where`, one of the values named there."""
-    return all(
+    """Return whether the run has, at every key of `where`, one of the values named there.
+
+    A `where` that names nothing, as that of a quoted row, matches no run.
+    """
+    return bool(where) and all(
         any(_same(lookup(run, key), value) for value in values) for key, values in where.items()
     )
 
@@ -117,7 +127,3 @@ def matches(run: RunRecord, where: dict[str, list[Value]]) -> bool:
 def _same(left: Any, right: Value) -> bool:
     # True == 1 in Python, but not in a config.
     return left == right and isinstance(left, bool) == isinstance(right, bool)
-
-
-def _name(row: RowSpec) -> str:
-    return f"{row.group}, {row.label}" if row.group else row.label

@@ -6,7 +6,7 @@ from rich.table import Table as RichTable
 
 from neo.results.cells import against_lines, cells, count
 from neo.results.choice import Choice, notes
-from neo.results.notes import failures
+from neo.results.notes import failures, outstanding
 from neo.results.printing import Cell
 from neo.results.tables import Table
 
@@ -20,7 +20,8 @@ def print_table(table: Table, choices: list[Choice]) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # a log file has no edge to wrap at
     shown = cells(table)
-    for group in dict.fromkeys(row.spec.group for row in table.rows if not row.spec.reference):
+    groups = dict.fromkeys(row.spec.group for row in table.rows if not row.spec.reference)
+    for group in groups or [""]:
         rows = [
             (row, line)
             for row, line in zip(table.rows, shown, strict=True)
@@ -32,7 +33,9 @@ def print_table(table: Table, choices: list[Choice]) -> None:
         turned = RichTable(title=title, title_justify="left")
         turned.add_column("", no_wrap=True)
         for row, _ in rows:
-            turned.add_column(f"{escape(row.spec.label)}, n={count(row)}", justify="right")
+            n = "" if row.spec.is_quoted else f", n={count(row)}"
+            label = _styled(Cell(row.spec.label, italic=row.spec.is_quoted))
+            turned.add_column(f"{label}{n}", justify="right")
         for number, column in enumerate(table.spec.columns):
             turned.add_row(column.header, *(_styled(line[number]) for _, line in rows))
         console.print(turned)
@@ -46,6 +49,8 @@ def print_table(table: Table, choices: list[Choice]) -> None:
         console.print(against)
     for text in notes(table.spec.choose, choices) if table.spec.choose else []:
         console.print(text, markup=False)
+    for text in outstanding(table):
+        console.print(text, markup=False)
     for text in failures(table):
         console.print(f"not finished: {text}", markup=False)
     for run in table.unmatched:
@@ -53,6 +58,6 @@ def print_table(table: Table, choices: list[Choice]) -> None:
 
 
 def _styled(cell: Cell) -> str:
-    """Return the cell with rich's bold, and nothing in it read as markup."""
-    text = escape(cell.text)
-    return (f"[bold]{text}[/bold]" if cell.bold else text) + escape(cell.rest)
+    """Return the cell with rich's marks, and nothing in it read as markup."""
+    text, mark = escape(cell.text), "bold" if cell.bold else "italic" if cell.italic else ""
+    return (f"[{mark}]{text}[/{mark}]" if mark else text) + escape(cell.rest)

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import fields
 from typing import NoReturn
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -42,6 +42,8 @@ def explain(error: Exception) -> str:
         return f"{' '.join(nulls)}: a group takes the name of a file in conf/, such as {CHOICES}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return text
+    if isinstance(error, MissingConfigException) and (scales := _scales(error)):
+        return scales
     if found := re.search(r"Could not override '([^']*)'|Key '(\w+)' not in 'RunConfig'", text):
         key, groups = found[1] or found[2], [*GROUPS, *WHOLE]
         keys = [field.name for field in fields(RunConfig) if field.name not in groups]
@@ -51,6 +53,18 @@ def explain(error: Exception) -> str:
             f"the other keys {', '.join(keys)}"
         )
     return text if error.__cause__ is None else f"{text}\n{error.__cause__}"
+
+
+def _scales(error: MissingConfigException) -> str:
+    """What to type where an experiment has no file for the scale; empty where it is not that."""
+    group, *path = (error.missing_cfg_file or "").split("/")
+    if group != "experiment" or len(path) != 2 or not error.options:
+        return ""
+    name, scale = path
+    return (
+        f"experiment={name}: there is no scale={scale} of it; add "
+        f"{' or '.join(f'scale={option}' for option in error.options)}"
+    )
 
 
 def quiet() -> None:
