@@ -150,8 +150,8 @@ def write_paper(folder: Path) -> None:
     text = [
         f"Llama-3.1-8B ({ARCHITECTURES[TEACHER].num_parameters:,} parameters) into Llama-3.2-1B "
         f"({ARCHITECTURES[STUDENT].num_parameters:,}), bf16-mixed; each device {BATCH_SIZE} "
-        f"sequences of {LENGTH:,} tokens a step, all supervised. GiB of one device when it is fullest; "
-        "all-gather, reduce-scatter and all-reduce are GiB of whole tensors.",
+        f"sequences of {LENGTH:,} tokens a step, all supervised. GiB of one device when it is "
+        "fullest; all-gather, reduce-scatter and all-reduce are GiB of whole tensors.",
         "",
         *("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *lines]),
         "",

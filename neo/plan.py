@@ -53,6 +53,7 @@ from neo.training.sweep import Sweep
 LOOKING = "dry_run=true"  # what is planned is not run
 # Of a run in the table of a sweep; other parts of it are in GiB.
 COUNTS = ("M parameters", "M trained", "M teacher")
+LEAST = GIB / 2000  # bytes of a part that is shown there
 # A table of many parts is not broken to the width of a terminal.
 out = Console(highlight=False, width=240)
 
@@ -141,7 +142,7 @@ def plan(composed: DictConfig, *, offline: bool = False) -> Planned:
     overrides = ""
     if HydraConfig.initialized():
         given = HydraConfig.get().overrides.task
-        overrides = " ".join(o.removeprefix("++") for o in given if o != LOOKING)
+        overrides = " ".join(o.removeprefix("++") for o in given if o.lower() != LOOKING)
     try:
         config = resolve(composed)
         quiet()
@@ -215,20 +216,25 @@ def _show_one(run: Planned, found: Plan) -> None:
 
 
 def _sweep_table(planned: list[Planned]) -> Table:
-    """One line a run."""
-    table = Table(box=None, pad_edge=False)
+    """One line a run, with what only some of them have of parts and overrides."""
+    shared = set.intersection(*(set(run.overrides.split()) for run in planned))
+    title = " ".join(word for word in planned[0].overrides.split() if word in shared)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     parts: dict[str, None] = {}
     for run in planned:
         if run.plan is not None:
-            parts |= dict.fromkeys(p for p in parts_of(run.plan) if run.plan.most[p] >= GIB / 2000)
+            parts |= dict.fromkeys(
+                p for p in parts_of(run.plan) if run.plan.parts.get(p, 0) > LEAST
+            )
     columns = ["run", *COUNTS, *parts, "total GiB", "TFLOP a step", "fits", "overrides"]
     for column in columns:
         left = column in ("run", "fits", "overrides")
         table.add_column(column, justify="left" if left else "right")
     for run in planned:
+        own = " ".join(word for word in run.overrides.split() if word not in shared)
         if run.plan is None or run.meeting is None:
             empty = [""] * (len(COUNTS) + len(parts) + 2)
-            table.add_row(run.name, *empty, "refused", run.overrides)
+            table.add_row(run.name, *empty, "refused", own)
             continue
         counts = (
             run.meeting.num_parameters,
@@ -241,8 +247,8 @@ def _sweep_table(planned: list[Planned]) -> Table:
             *(f"{run.plan.parts.get(part, 0) / GIB:.3f}" for part in parts),
             f"{run.plan.gib:.3f}",
             short(run.plan.flops_per_step / 1e12),
-            _verdict(run),
-            run.overrides,
+            _verdict(run).partition(":")[0],
+            own,
         )
     return table
 

@@ -6,6 +6,7 @@ parameters counted.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,7 @@ class Architecture:
 
     def config(self) -> LlamaConfig:
         """A configuration of its own, which the caller may change."""
-        return LlamaConfig(**dict(self.keys))
+        return LlamaConfig(**deepcopy(dict(self.keys)))
 
 
 _ROPE_3 = {
