@@ -123,6 +123,7 @@ def test_a_folder_that_is_not_there_is_no_name(tmp_path):
 def test_what_no_tokenizer_is_needed_for_is_checked(words, problem):
     run = planned(*ALONE, *words)
     assert run.refused
+    assert run.problem.startswith("this config cannot run:")  # and not only its plan
     assert problem in run.problem
 
 
