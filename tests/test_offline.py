@@ -7,12 +7,12 @@ from lab import compose, compose_raw, tiny_model
 
 import neo.plan
 from neo.config import ConfigError
-from neo.models.architectures import ARCHITECTURES
+from neo.models.architectures import ARCHITECTURES, Architecture
 from neo.models.causal_lm import CausalLM
 from neo.models.variants import lora
 from neo.plan import plan, show, split_offline
 from neo.teachers.online import OnlineTeacher
-from neo.training import meet, preflight
+from neo.training import meet, offline, preflight
 from neo.training.device_plan import Placement
 from neo.training.meet import build_specs
 from neo.training.offline import OfflineTeacher, offline_specs
@@ -37,6 +37,34 @@ def planned(*words):
     return plan(compose_raw(*words), offline=True)
 
 
+def test_a_name_is_planned_by_its_numbers(monkeypatch, capsys):
+    keys = {
+        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False,
+    }  # fmt: skip
+    base = 2 * 300 * 16 + 16 * (16 + 8 + 8 + 16) + 3 * 16 * 40 + 3 * 16
+    known = {"a/small": Architecture(keys, base), "a/wide": Architecture(keys, base)}
+    monkeypatch.setattr(offline, "ARCHITECTURES", known)
+    words = ("student.path=a/small", "teacher.path=a/wide", "data=infinity_instruct", "lora.r=2",
+             "data.max_length=16", "trainer=gpu", "trainer.max_steps=1")  # fmt: skip
+    run = planned(*words)
+    assert run.plan.placement.device_type == "cuda"  # on a machine with a GPU or without
+    assert run.plan.workload.num_supervised == run.plan.workload.num_tokens == 16
+    assert run.plan.workload.vocab == 300
+    branch = 2 * (32 + 24 + 24 + 32 + 3 * 56)
+    assert run.plan.most["adapter"] == run.plan.most["gradients"] == 4 * branch
+    assert show([run]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    share = f"{100 * branch / (base + branch):.3g} %"
+    assert (
+        f"parameters: student {base:,} and {branch:,} of its branch; "
+        f"trained {branch:,} ({share}); teacher {base:,}" in said
+    )
+    assert "offline: all tokens are counted as supervised, and 300 ids as shared" in said
+    assert "fits: " in said
+
+
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_planned_without_it(capsys):
     run = planned(*ALONE)
     assert run.problem is None
@@ -136,6 +164,21 @@ def test_the_shorter_of_two_heads_says_how_many_ids_are_shared(tmp_path):
     assert "the student's head has 510 rows, of which the first 500 are used" in run.notes
 
 
+def test_a_run_of_another_rate_and_seed_has_the_same_plan(student_dir, teacher_dir, monkeypatch):
+    words = (
+        f"student.path={student_dir}", f"teacher.path={teacher_dir}", "trainer=cpu", "lora.r=3",
+        "data=infinity_instruct", "data.max_length=8", "trainer.max_steps=1",
+    )  # fmt: skip
+    first = planned(*words)
+    for function in ("build_meta_student", "meet"):
+        monkeypatch.delattr(meet, function)  # nothing is built again
+    again = planned(*words, "seed=1", "optim.lr=1e-5")
+    assert again.plan is first.plan
+    assert again.meeting is first.meeting
+    assert again.name != first.name
+
+
+@pytest.mark.slow
 def test_runs_of_other_rates_and_seeds_build_and_count_nothing_again(
     student_dir, teacher_dir, monkeypatch, capsys
 ):
