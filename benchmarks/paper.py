@@ -1,48 +1,24 @@
 """Plans of Llama-3.1-8B distilled into Llama-3.2-1B, for `experiments/plan/`; nothing is loaded.
 
-`python benchmarks/plan.py --paper` renders them. The two architectures are made here of their
-numbers; the ids that they share are all of the vocabulary.
+`python benchmarks/plan.py --paper` renders them. The ids that the two models share are all of the
+vocabulary.
 """
 
 import csv
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import LlamaConfig
-from workload import _tokenizer
 
 from neo.losses.distillation import Distillation
-from neo.models.causal_lm import CausalLM
+from neo.models.architectures import ARCHITECTURES
 from neo.models.variants import lora, none
-from neo.teachers.online import OnlineTeacher
 from neo.training.device_plan import GIB, Placement, Plan, placed
+from neo.training.offline import OfflineStudent, OfflineTeacher
 from neo.training.optim import AdamW
 from neo.training.step_cost import StepCost, Workload, count_step
 
-VOCAB = 128_256
-ROPE = {
-    "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-}  # fmt: skip
-SHARED: dict[str, Any] = {
-    "vocab_size": VOCAB, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-    "bos_token_id": 128_000, "eos_token_id": 128_001,
-}  # fmt: skip
-LLAMAS: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
-        "tie_word_embeddings": True, "rope_parameters": ROPE | {"factor": 32.0},
-    },
-    "Llama-3.1-8B": {
-        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
-        "tie_word_embeddings": False, "rope_parameters": ROPE | {"factor": 8.0},
-    },
-}  # fmt: skip
-NUM_PARAMETERS = {"Llama-3.2-1B": 1_235_814_400, "Llama-3.1-8B": 8_030_261_248}
+STUDENT, TEACHER = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
+VOCAB = ARCHITECTURES[STUDENT].keys["vocab_size"]
 LENGTH, BATCH_SIZE, ACCUMULATE = 2048, 4, 1
 NUM_DEVICES = (1, 8, 64)
 STUDENTS = {"lora r=64": 64, "lora r=128": 128, "none": None}
@@ -62,14 +38,7 @@ class PaperRow:
     plan: Plan
 
 
-def llama(name: str, folder: Path) -> Path:
-    """A folder with the architecture and no weights."""
-    LlamaConfig(**SHARED | LLAMAS[name]).save_pretrained(folder / name)
-    _tokenizer().save_pretrained(folder / name)  # never asked: the vocabulary is given
-    return folder / name
-
-
-def counted(variant: int | None, *, checkpointing: bool, fsdp: bool, folder: Path) -> StepCost:
+def counted(variant: int | None, *, checkpointing: bool, fsdp: bool) -> StepCost:
     """A step of the pair in bf16, all tokens supervised.
 
     Raises:
@@ -77,15 +46,12 @@ def counted(variant: int | None, *, checkpointing: bool, fsdp: bool, folder: Pat
     """
     import torch
 
-    paths = {name: str(llama(name, folder)) for name in LLAMAS}
-    student = CausalLM(
-        path=paths["Llama-3.2-1B"], random_init=True, activation_checkpointing=checkpointing
-    )
-    teacher = OnlineTeacher(path=paths["Llama-3.1-8B"], random_init=True)
-    for spec, name in ((student, "Llama-3.2-1B"), (teacher, "Llama-3.1-8B")):
+    student = OfflineStudent(path=STUDENT, activation_checkpointing=checkpointing)
+    teacher = OfflineTeacher(path=TEACHER)
+    for spec in (student, teacher):
         num = sum(p.numel() for p in spec.meta().parameters())
-        if num != NUM_PARAMETERS[name]:
-            raise ValueError(f"{name} has {num:,} parameters, not {NUM_PARAMETERS[name]:,}")
+        if num != (known := ARCHITECTURES[str(spec.path)].num_parameters):
+            raise ValueError(f"{spec.path} has {num:,} parameters, not {known:,}")
     branch = none() if variant is None else lora(r=variant, target_modules="all-linear")
     specs = {
         "student": student,
@@ -116,17 +82,16 @@ WORKLOAD = Workload(
 
 def paper_rows() -> Iterator[PaperRow]:
     """Every plan of the table."""
-    with tempfile.TemporaryDirectory() as name:
-        for student, variant in STUDENTS.items():
-            for checkpointing in (False, True):
-                keys: dict[str, Any] = {"checkpointing": checkpointing, "folder": Path(name)}
-                whole = counted(variant, fsdp=False, **keys)
-                split = counted(variant, fsdp=True, **keys) if variant is None else whole
-                for num in NUM_DEVICES:
-                    for placement in placements(num):
-                        cost = split if placement.fsdp else whole
-                        plan = placed(cost, placement, WORKLOAD)
-                        yield PaperRow(student, checkpointing, plan)
+    for student, variant in STUDENTS.items():
+        for checkpointing in (False, True):
+            whole = counted(variant, checkpointing=checkpointing, fsdp=False)
+            split = whole
+            if variant is None:
+                split = counted(variant, checkpointing=checkpointing, fsdp=True)
+            for num in NUM_DEVICES:
+                for placement in placements(num):
+                    cost = split if placement.fsdp else whole
+                    yield PaperRow(student, checkpointing, placed(cost, placement, WORKLOAD))
 
 
 def placements(num: int) -> list[Placement]:
@@ -183,10 +148,10 @@ def write_paper(folder: Path) -> None:
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *lines])
     text = [
-        f"Llama-3.1-8B ({NUM_PARAMETERS['Llama-3.1-8B']:,} parameters) into Llama-3.2-1B "
-        f"({NUM_PARAMETERS['Llama-3.2-1B']:,}), bf16-mixed; each device {BATCH_SIZE} sequences of "
-        f"{LENGTH:,} tokens a step, all supervised. GiB of one device when it is fullest; "
-        "all-gather, reduce-scatter and all-reduce are GiB of whole tensors.",
+        f"Llama-3.1-8B ({ARCHITECTURES[TEACHER].num_parameters:,} parameters) into Llama-3.2-1B "
+        f"({ARCHITECTURES[STUDENT].num_parameters:,}), bf16-mixed; each device {BATCH_SIZE} "
+        f"sequences of {LENGTH:,} tokens a step, all supervised. GiB of one device when it is "
+        "fullest; all-gather, reduce-scatter and all-reduce are GiB of whole tensors.",
         "",
         *("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *lines]),
         "",

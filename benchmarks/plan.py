@@ -144,8 +144,9 @@ def measure(case: Case, *, plan_only: bool = False) -> dict[str, Any]:
                 "seconds": time.perf_counter() - began,
             }
         specs = {key: build(config[key]) for key in SPECS}
-        sample, vocab, _ = sample_of(config, specs)
-        plan = plan_run(config, specs, workload_of(specs["data"], config["trainer"], vocab, sample))
+        sample, meeting, _ = sample_of(config, specs)
+        workload = workload_of(specs["data"], config["trainer"], meeting.vocab, sample)
+        plan = plan_run(config, specs, workload)
     return found | {
         "planned_gib": plan.gib,
         "phase": plan.fullest,

@@ -1,13 +1,18 @@
 """What runs would take, before anything runs: memory per device, FLOPs and traffic per step.
 
-Usage: python -m neo.plan [group=choice ...] [key=value ...]; the arguments are those of neo.train,
-sweeps (-m, experiment=NAME) too. Weights are not needed, and neither are the devices. Exits with 1
-where a run does not fit `trainer.device_memory_gib`, with 2 where a config is refused.
+Usage: python -m neo.plan [group=choice ...] [key=value ...] [offline=true]
+
+The arguments are those of neo.train, sweeps (-m, experiment=NAME) too. Weights are not needed, and
+neither are the devices. With `offline=true` no network is, and neither are tokenizers and rows: the
+paper's models are known by their architectures (`neo.models.architectures`), whose names may stand
+as `student.path` and `teacher.path`; all tokens are counted as supervised. Exits with 1 where a run
+does not fit `trainer.device_memory_gib`, with 2 where a config is refused.
 """
 
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +25,16 @@ from rich.table import Table
 
 from hydra_plugins._neo import SWEEPERS
 from neo.config import ConfigError, conf_dir, open_groups, register, resolve, run_id
+from neo.models.architectures import ARCHITECTURES
 from neo.models.start import is_computed
 from neo.training.command_line import REFUSED, console, explain, leave, quiet
 from neo.training.consistency import check_config
 from neo.training.device_plan import GIB, Plan
-from neo.training.meet import build_specs
+from neo.training.meet import Meeting, build_specs
+from neo.training.offline import offline_specs
 from neo.training.plan_table import (
     compute_line,
+    parameters_line,
     parts_of,
     plan_table,
     short,
@@ -36,14 +44,16 @@ from neo.training.preflight import (
     NotPlannedError,
     limit_gib,
     plan_run,
+    refusal,
     sample_of,
-    single_changes,
-    too_large,
     workload_of,
 )
 from neo.training.sweep import Sweep
 
 LOOKING = "dry_run=true"  # what is planned is not run
+# Of a run in the table of a sweep; other parts of it are in GiB.
+COUNTS = ("M parameters", "M trained", "M teacher")
+LEAST = GIB / 2000  # bytes of a part that is shown there
 # A table of many parts is not broken to the width of a terminal.
 out = Console(highlight=False, width=240)
 
@@ -56,6 +66,7 @@ class Planned:
         name: Its id.
         overrides: As typed or swept.
         plan: None where there is none.
+        meeting: What its models are, where they go together.
         limit: GiB of a device; None where it is not known.
         problem: Why it cannot run or does not fit.
         notes: What the plan leaves open.
@@ -65,6 +76,7 @@ class Planned:
     name: str
     overrides: str
     plan: Plan | None = None
+    meeting: Meeting | None = None
     limit: float | None = None
     problem: str | None = None
     notes: tuple[str, ...] = ()
@@ -76,16 +88,20 @@ def main() -> None:
     register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     planned: list[Planned] = []
+    try:
+        arguments, offline = split_offline(sys.argv[1:])
+    except ConfigError as error:
+        leave(error, 2)
 
     def job(composed: DictConfig) -> None:
-        planned.append(plan(composed))
+        planned.append(plan(composed, offline=offline))
 
     for sweeper in SWEEPERS:
         Plugins.instance().register(sweeper)
     # A sweep's folder would be made for runs that never begin.
     with tempfile.TemporaryDirectory() as folder:
         own = [LOOKING, f"hydra.sweep.dir={folder}", "hydra/launcher=basic"]
-        sys.argv[1:] = [*open_groups(sys.argv[1:]), *own]
+        sys.argv[1:] = [*open_groups(arguments), *own]
         entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
         Sweep.only_plans = True
         try:
@@ -98,40 +114,68 @@ def main() -> None:
         sys.exit(show(planned))
 
 
-def plan(composed: DictConfig) -> Planned:
-    """The plan of one run."""
+def split_offline(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments of a run, and whether it is planned offline, which is no key of a run.
+
+    Raises:
+        ConfigError: It is neither true nor false.
+
+    Example:
+        >>> split_offline(["seed=1", "offline=true"])
+        (['seed=1'], True)
+    """
+    values = [a.removeprefix("offline=") for a in arguments if a.startswith("offline=")]
+    for value in values:
+        if value.lower() not in ("true", "false"):
+            raise ConfigError([f"offline={value}: must be true or false"])
+    offline = bool(values) and values[-1].lower() == "true"
+    return [a for a in arguments if not a.startswith("offline=")], offline
+
+
+def plan(composed: DictConfig, *, offline: bool = False) -> Planned:
+    """The plan of one run.
+
+    Args:
+        composed: Its config.
+        offline: The hub is not asked, nor tokenizers and rows.
+    """
     overrides = ""
     if HydraConfig.initialized():
         given = HydraConfig.get().overrides.task
-        overrides = " ".join(o.removeprefix("++") for o in given if o != LOOKING)
+        overrides = " ".join(o.removeprefix("++") for o in given if o.lower() != LOOKING)
     try:
         config = resolve(composed)
         quiet()
         check_config(config, here=False)
-        return _plan(config, overrides)
+        return _plan(config, overrides, offline=offline)
     except ConfigError as error:
-        return Planned("-", overrides, problem=explain(error), refused=True)
+        problem = explain(error)
+        unread = [line for line in error.problems if "as a model of the hub it cannot" in line]
+        if any(repr(name) in line for line in unread for name in ARCHITECTURES):
+            problem += "\n  offline=true plans the models of the paper without the hub"
+        return Planned("-", overrides, problem=problem, refused=True)
 
 
-def _plan(config: dict[str, Any], overrides: str) -> Planned:
+def _plan(config: dict[str, Any], overrides: str, *, offline: bool) -> Planned:
     specs = build_specs(config)
+    if offline:
+        specs = offline_specs(specs)
     trainer, notes = config["trainer"], []
-    sample, vocab, note = sample_of(config, specs)
+    sample, meeting, note = sample_of(config, specs, offline=offline)
     if note is not None:
         notes.append(note)
+    notes += meeting.notes
     if is_computed(specs["lora"].adapter):
         notes.append("what computing the branch's start takes, before training, is not in it")
-    workload = workload_of(specs["data"], trainer, vocab, sample)
+    workload = workload_of(specs["data"], trainer, meeting.vocab, sample)
     name = run_id(config)
     try:
         found = plan_run(config, specs, workload)
     except NotPlannedError as error:
         return Planned(name, overrides, problem=f"cannot be planned: {error}", refused=True)
-    limit, problem = limit_gib(trainer, found.placement), None
-    if limit is not None and found.gib > limit:
-        changes = single_changes(specs, trainer, workload, found.placement, limit)
-        problem = too_large(found, limit, changes)
-    return Planned(name, overrides, found, limit, problem, tuple(notes))
+    limit = limit_gib(trainer, found.placement)
+    problem = None if limit is None else refusal(config, specs, found, limit)
+    return Planned(name, overrides, found, meeting, limit, problem, tuple(notes))
 
 
 def show(planned: list[Planned]) -> int:
@@ -158,6 +202,8 @@ def _show_one(run: Planned, found: Plan) -> None:
     if placement.num_processes > 1:
         title += f" on {placement.num_processes} devices"
     out.print(plan_table(found, title))
+    if run.meeting is not None:
+        out.print(f"parameters: {parameters_line(run.meeting)}")
     out.print(
         f"batch: {size.batch_size} x {size.length} tokens, {size.num_supervised:,} supervised, "
         f"{size.accumulate} a step"
@@ -170,28 +216,39 @@ def _show_one(run: Planned, found: Plan) -> None:
 
 
 def _sweep_table(planned: list[Planned]) -> Table:
-    """One line a run."""
-    table = Table(box=None, pad_edge=False)
+    """One line a run, with what only some of them have of parts and overrides."""
+    shared = set.intersection(*(set(run.overrides.split()) for run in planned))
+    title = " ".join(word for word in planned[0].overrides.split() if word in shared)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     parts: dict[str, None] = {}
     for run in planned:
         if run.plan is not None:
-            parts |= dict.fromkeys(p for p in parts_of(run.plan) if run.plan.most[p] >= GIB / 2000)
-    columns = ["run", *parts, "total GiB", "TFLOP a step", "fits", "overrides"]
+            parts |= dict.fromkeys(
+                p for p in parts_of(run.plan) if run.plan.parts.get(p, 0) > LEAST
+            )
+    columns = ["run", *COUNTS, *parts, "total GiB", "TFLOP a step", "fits", "overrides"]
     for column in columns:
         left = column in ("run", "fits", "overrides")
         table.add_column(column, justify="left" if left else "right")
     for run in planned:
-        if run.plan is None:
-            empty = [""] * (len(parts) + 2)
-            table.add_row(run.name, *empty, "refused", run.overrides)
+        own = " ".join(word for word in run.overrides.split() if word not in shared)
+        if run.plan is None or run.meeting is None:
+            empty = [""] * (len(COUNTS) + len(parts) + 2)
+            table.add_row(run.name, *empty, "refused", own)
             continue
+        counts = (
+            run.meeting.num_parameters,
+            run.meeting.num_trainable_parameters,
+            run.meeting.num_teacher_parameters,
+        )
         table.add_row(
             run.name,
+            *(short(count / 1e6) if count else "" for count in counts),
             *(f"{run.plan.parts.get(part, 0) / GIB:.3f}" for part in parts),
             f"{run.plan.gib:.3f}",
             short(run.plan.flops_per_step / 1e12),
-            _verdict(run),
-            run.overrides,
+            _verdict(run).partition(":")[0],
+            own,
         )
     return table
 

@@ -3,8 +3,9 @@ import json
 import pytest
 from lab import tiny_model, tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from neo.models.architectures import ARCHITECTURES
 from neo.models.causal_lm import CausalLM
 
 CORPUS = [
@@ -81,14 +82,6 @@ def teacher_dir(tmp_path_factory):
 def llama_1b(tmp_path_factory):
     """Llama-3.2-1B's configuration, without weights."""
     folder = tmp_path_factory.mktemp("llama")
-    LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-        max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=128001,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    ).save_pretrained(folder)  # fmt: skip
+    ARCHITECTURES["meta-llama/Llama-3.2-1B"].config().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return CausalLM(path=str(folder), random_init=True)

@@ -49,8 +49,9 @@ def specs_of(config):
 
 def planned(config):
     specs = specs_of(config)
-    sample, vocab, _ = sample_of(config, specs)
-    return plan_run(config, specs, workload_of(specs["data"], config["trainer"], vocab, sample))
+    sample, meeting, _ = sample_of(config, specs)
+    work = workload_of(specs["data"], config["trainer"], meeting.vocab, sample)
+    return plan_run(config, specs, work)
 
 
 def sizes(tensors):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from neo.config import SPECS, ConfigError, build
 from neo.data.datamodule import DataModule, peek
@@ -38,8 +39,9 @@ class Meeting:
     """What is known of a run before a weight is read.
 
     Args:
-        tokenizer: The student's; teacher and student share its ids.
+        tokenizer: The student's; both models share its ids. None where it was not asked for.
         vocab: How many ids they share; what a head has beyond is padding.
+        num_base_parameters: Of the student without its branch.
         num_parameters: Of the student.
         num_trainable_parameters: Of them, trained.
         num_teacher_parameters: 0 without a teacher.
@@ -49,6 +51,7 @@ class Meeting:
 
     tokenizer: Any
     vocab: int
+    num_base_parameters: int
     num_parameters: int
     num_trainable_parameters: int
     num_teacher_parameters: int
@@ -64,8 +67,15 @@ def build_specs(config: Mapping[str, Any]) -> dict[str, Any]:
     return specs
 
 
-def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, DataModule]:
+def meet_all(
+    config: dict[str, Any], specs: dict[str, Any], known: Meeting | None = None
+) -> tuple[Meeting, DataModule]:
     """The models met and the rows opened, before a weight is read.
+
+    Args:
+        config: Of a run.
+        specs: What it says.
+        known: Of the same models, where they have met.
 
     Raises:
         ConfigError: With the problems of both; a `CannotRun` where only the rows are to blame.
@@ -74,7 +84,7 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
     refused: type[ConfigError] = ConfigError
     student, max_length = specs["student"], specs["data"].max_length
     try:
-        meeting = meet(student, specs["teacher"], specs["lora"], max_length)
+        meeting = known or meet(student, specs["teacher"], specs["lora"], max_length)
         tokenizer = meeting.tokenizer
         problems += _problems_of_groups(specs["optim"], meeting)
     except ConfigError as error:
@@ -101,6 +111,23 @@ def meet_all(config: dict[str, Any], specs: dict[str, Any]) -> tuple[Meeting, Da
     return meeting, data
 
 
+def meet_architectures(specs: Mapping[str, Any], known: Meeting | None = None) -> Meeting:
+    """What can be told of a run without tokenizers and rows: the models and the branch met.
+
+    Args:
+        specs: What its config says.
+        known: Of the same models, where they have met.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    student, teacher, lora = specs["student"], specs["teacher"], specs["lora"]
+    meeting = known or meet(student, teacher, lora, specs["data"].max_length, tokenizers=False)
+    if problems := _problems_of_groups(specs["optim"], meeting):
+        raise ConfigError(problems)
+    return meeting
+
+
 def _problems_of_groups(optim: AdamW, meeting: Meeting) -> list[str]:
     """What is wrong with the optimizer's groups, over what will be trained."""
     try:
@@ -111,9 +138,21 @@ def _problems_of_groups(optim: AdamW, meeting: Meeting) -> list[str]:
 
 
 def meet(
-    student: CausalLM, teacher: OnlineTeacher | None, lora: Variant, max_length: int
+    student: CausalLM,
+    teacher: OnlineTeacher | None,
+    lora: Variant,
+    max_length: int,
+    *,
+    tokenizers: bool = True,
 ) -> Meeting:
     """Checks the student, the teacher and the branch against each other.
+
+    Args:
+        student: The base.
+        teacher: None where there is none.
+        lora: The branch.
+        max_length: Of a sequence, in tokens.
+        tokenizers: Ask them which ids are shared. Without, the shorter head says how many.
 
     Raises:
         ConfigError: With all problems.
@@ -123,10 +162,11 @@ def meet(
     models: dict[str, CausalLM] = {"student": student}
     if teacher is not None:
         models["teacher"] = teacher
-    tokenizers, metas = {}, {}
+    asked, metas = {}, {}
     for role, model in models.items():
         try:
-            tokenizers[role] = model.tokenizer()
+            if tokenizers:
+                asked[role] = model.tokenizer()
             metas[role] = model.meta()
         except ValueError as error:
             problems.append(f"{role}.{error}")
@@ -137,20 +177,17 @@ def meet(
                 f"data.max_length={max_length}: the {role} takes at most {longest} tokens"
             )
     if len(metas) == len(models):
-        vocab = num_token_ids(tokenizers["student"])
-        if teacher is not None:
-            differences = tokenizer_differences(tokenizers["student"], tokenizers["teacher"])
+        if tokenizers and teacher is not None:
+            differences = tokenizer_differences(asked["student"], asked["teacher"])
             said = [f"the tokenizers of student and teacher differ: {d}" for d in differences]
             if teacher.allow_tokenizer_differences:
                 notes += said
             else:
                 problems += [f"teacher.path={teacher.path!r}: {line}" for line in said]
-        for role, meta in metas.items():
-            try:
-                rows = head_of(meta).weight.shape[0]
-            except ValueError as error:
-                problems.append(f"{role}.path={models[role].path!r}: {error}")
-                continue
+        heads, unknown = _rows_of_heads(models, metas)
+        problems += unknown
+        vocab = num_token_ids(asked["student"]) if tokenizers else min(heads.values(), default=0)
+        for role, rows in heads.items():
             if rows < vocab:
                 problems.append(
                     f"{role}.path={models[role].path!r}: its head has {rows} rows, "
@@ -172,16 +209,33 @@ def meet(
     if problems:
         raise ConfigError(problems)
     return Meeting(
-        tokenizer=tokenizers["student"],
+        tokenizer=asked.get("student"),
         vocab=vocab,
-        num_parameters=sum(p.numel() for p in whole.parameters()),
+        num_base_parameters=_count(metas["student"]),
+        num_parameters=_count(whole),
         num_trainable_parameters=sum(p.numel() for p in trained.values()),
-        num_teacher_parameters=(
-            sum(p.numel() for p in metas["teacher"].parameters()) if teacher is not None else 0
-        ),
+        num_teacher_parameters=_count(metas["teacher"]) if teacher is not None else 0,
         trained_tensors={name: tuple(p.shape) for name, p in trained.items()},
         notes=notes,
     )
+
+
+def _rows_of_heads(
+    models: Mapping[str, CausalLM], metas: Mapping[str, PreTrainedModel]
+) -> tuple[dict[str, int], list[str]]:
+    """How many ids each model has logits of, by role; and which models have no head we know."""
+    rows, problems = {}, []
+    for role, meta in metas.items():
+        try:
+            rows[role] = head_of(meta).weight.shape[0]
+        except ValueError as error:
+            problems.append(f"{role}.path={models[role].path!r}: {error}")
+    return rows, problems
+
+
+def _count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def _open_data(spec: Any, tokenizer: Any, config: dict[str, Any]) -> DataModule | None:

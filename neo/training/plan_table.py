@@ -4,6 +4,7 @@ from rich.table import Table
 
 from neo.models.traffic import Traffic
 from neo.training.device_plan import GIB, Plan
+from neo.training.meet import Meeting
 
 # In the order of a table.
 ORDER = (
@@ -57,6 +58,16 @@ def parts_of(plan: Plan) -> list[str]:
     """The parts that a plan has, in the order of a table."""
     most = plan.most
     return [*(p for p in ORDER if p in most), *(p for p in most if p not in ORDER)]
+
+
+def parameters_line(meeting: Meeting) -> str:
+    """How many parameters student and teacher have, and how many are trained, in one line."""
+    base, trained = meeting.num_base_parameters, meeting.num_trainable_parameters
+    branch = meeting.num_parameters - base
+    student = f"student {base:,}" + (f" and {branch:,} of its branch" if branch else "")
+    teacher = f"{meeting.num_teacher_parameters:,}" if meeting.num_teacher_parameters else "none"
+    share = 100 * trained / meeting.num_parameters
+    return f"{student}; trained {trained:,} ({share:.3g} %); teacher {teacher}"
 
 
 def memory_line(plan: Plan) -> str:

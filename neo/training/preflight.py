@@ -13,7 +13,7 @@ from neo.data.datamodule import DataModule, peek
 from neo.data.packing import Batch
 from neo.losses.fused import CHUNK_GIB
 from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
-from neo.training.meet import CannotRun, meet, meet_all
+from neo.training.meet import CannotRun, Meeting, meet, meet_all, meet_architectures
 from neo.training.plan_table import short
 from neo.training.step_cost import Workload
 
@@ -25,6 +25,8 @@ DEPENDS_ON = ("student", "teacher", "lora", "loss")
 RATES = ("lr", "base_lr", "weight_decay", "warmup_ratio")
 # Plans of this process: the runs of a sweep often differ in rate and seed alone.
 _made: dict[str, Plan] = {}
+_refused: dict[str, str] = {}
+_met: dict[str, Meeting] = {}
 
 
 class NotPlannedError(ValueError):
@@ -32,23 +34,43 @@ class NotPlannedError(ValueError):
 
 
 def sample_of(
-    config: dict[str, Any], specs: dict[str, Any]
-) -> tuple[Sequence[Batch], int, str | None]:
-    """Batches of the run, the ids that its models share, and what is amiss with its rows.
+    config: dict[str, Any], specs: dict[str, Any], *, offline: bool = False
+) -> tuple[Sequence[Batch], Meeting, str | None]:
+    """Batches of the run, what its models are to each other, and what is amiss with its rows.
 
     Rows that are not here are no fault of a plan: their hub may not be reached.
+
+    Args:
+        config: Of a run.
+        specs: What it says.
+        offline: Ask neither for rows nor for tokenizers.
 
     Raises:
         ConfigError: The models do not go together.
     """
-    try:
-        meeting, data = meet_all(config, specs)
-    except ConfigError as error:
-        data_spec = specs["data"]
-        meeting = meet(specs["student"], specs["teacher"], specs["lora"], data_spec.max_length)
-        what = "; ".join(error.problems)
-        return [], meeting.vocab, f"all tokens are counted as supervised, since {what}"
-    return peek(data, SAMPLE), meeting.vocab, None
+    models = {name: config[name] for name in ("student", "teacher", "lora")}
+    key = json.dumps([models, specs["data"].max_length, offline], sort_keys=True)
+    known = _met.get(key)
+    sample: Sequence[Batch] = []
+    note = None
+    if offline:
+        meeting = meet_architectures(specs, known)
+        note = (
+            f"offline: all tokens are counted as supervised, and {meeting.vocab:,} ids as shared; "
+            "neither rows nor tokenizers were asked"
+        )
+    else:
+        try:
+            meeting, data = meet_all(config, specs, known)
+        except ConfigError as error:
+            student, teacher, lora = (specs[name] for name in models)
+            meeting = known or meet(student, teacher, lora, specs["data"].max_length)
+            what = "; ".join(error.problems)
+            note = f"all tokens are counted as supervised, since {what}"
+        else:
+            sample = peek(data, SAMPLE)
+    _met[key] = meeting
+    return sample, meeting, note
 
 
 def workload_of(
@@ -82,19 +104,42 @@ def plan_run(config: Mapping[str, Any], specs: Mapping[str, Any], workload: Work
     Raises:
         NotPlannedError: Its operators ask for the values of tensors, or it cannot be placed.
     """
-    trainer, placement = config["trainer"], placement_of(config, specs)
-    key = json.dumps(
+    placement = placement_of(config, specs)
+    key = _what_counts(config, specs, workload, placement)
+    if key not in _made:
+        _made[key] = _plan(specs, config["trainer"], workload, placement)
+    return _made[key]
+
+
+def refusal(
+    config: Mapping[str, Any], specs: Mapping[str, Any], plan: Plan, limit: float
+) -> str | None:
+    """The problem of a run that takes more than `limit` GiB, with what to change; else None."""
+    if plan.gib <= limit:
+        return None
+    key = f"{limit} {_what_counts(config, specs, plan.workload, plan.placement)}"
+    if key not in _refused:  # each change is a plan of its own
+        changes = single_changes(specs, config["trainer"], plan.workload, plan.placement, limit)
+        _refused[key] = too_large(plan, limit, changes)
+    return _refused[key]
+
+
+def _what_counts(
+    config: Mapping[str, Any], specs: Mapping[str, Any], workload: Workload, placement: Placement
+) -> str:
+    """Names what a plan depends on."""
+    trainer, loss = config["trainer"], specs["loss"]
+    # What is computed asks no more than this of the two numbers.
+    asked = {"kd_ratio": loss.kd_ratio > 0, "temperature": loss.temperature == 1}
+    return json.dumps(
         [
-            {name: config[name] for name in DEPENDS_ON},
+            {name: config[name] for name in DEPENDS_ON} | {"loss": config["loss"] | asked},
             {name: value for name, value in config["optim"].items() if name not in RATES},
             [trainer.get("precision"), trainer.get("gradient_clip_val")],
             [str(workload), str(placement)],
         ],
         sort_keys=True,
     )
-    if key not in _made:
-        _made[key] = _plan(specs, trainer, workload, placement)
-    return _made[key]
 
 
 def _plan(
@@ -127,9 +172,8 @@ def planned_or_refused(
                 [f"{KEY}={asked:g}: a step of this model cannot be planned ({error}); use null"]
             ) from error
         return f"not planned: {error}"
-    if asked is not None and plan.gib > asked:
-        changes = single_changes(specs, trainer, workload, plan.placement, asked)
-        raise CannotRun([too_large(plan, asked, changes)], "oom")
+    if asked is not None and (problem := refusal(config, specs, plan, asked)) is not None:
+        raise CannotRun([problem], "oom")
     return plan
 
 
