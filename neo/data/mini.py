@@ -45,7 +45,7 @@ def mini_rows(
 
 
 def wrong_answers(split: str, num_rows: int, *, seed: int) -> list[str]:
-    """For each of `mini_rows(split, num_rows, seed=seed)`, a wrong answer that looks like a right one.
+    """For each of `mini_rows(split, num_rows, seed=seed)`, one that only looks right.
 
     It ends in the result of another row of the kind and form, as the wrong ones of training do.
     """

@@ -1,8 +1,8 @@
 """The mini-lab's test rows as tasks of lm-evaluation-harness, without a network.
 
 `tasks/mini_lab/*.yaml` name what is here. The rows are those that training answers with
-`eval_split=test`: `--metadata num_test_rows=600,rows_seed=0` says which, as `data.num_test_rows` and
-`data.rows_seed` of a run do.
+`eval_split=test`: `--metadata num_test_rows=600,rows_seed=0` says which, as `data.num_test_rows`
+and `data.rows_seed` of a run do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
