@@ -24,8 +24,8 @@ own beside the runs, which a table selects by `where: {method: base}`.
   rerun=true         evaluate what is recorded with the same settings again
 
 Numbers are `eval/<task>/<metric>` in record.json, with `<metric>_stderr` beside each, and the
-record's `evaluations` say how they were taken; a task has the numbers of its newest evaluation only.
-Answers are kept as evaluation/<model>/<task>.jsonl beside the record. The same numbers come out of
+record's `evaluations` say how they were taken; a task has those of its newest only. Answers
+are kept as evaluation/<model>/<task>.jsonl beside the record. The same numbers come out of
 the command of the harness that is printed.
 
 Exit status: 0 all evaluated; 1 a task has no numbers, such as one whose rows the hub did not give;

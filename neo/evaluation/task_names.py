@@ -142,7 +142,7 @@ def listing() -> str:
             "sets:",
             *lines,
             f"their files: {TASKS}",
-            f"with the harness's own command: lm_eval run --tasks mini_lab --include_path {TASKS} ...",
+            f"by the harness's own command: lm_eval run --tasks mini_lab --include_path {TASKS}",
             "every other task, group and tag: lm_eval ls tasks",
         ]
     )

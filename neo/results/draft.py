@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from neo.results.evaluations import is_untrained
 from neo.results.metrics import STDERR
 from neo.results.records import RunRecord
 from neo.results.summary import ABSENT, leaves, lookup, spell
@@ -15,7 +16,6 @@ from neo.results.tables import matches
 # The groups that a row is named by, the most telling first; those of a machine are not among them.
 CHOICES = ("method", "lora", "loss", "student", "teacher", "data", "optim", "experiment")
 METRICS = ("val/kd", "val/ce")
-UNTRAINED = ("base", "teacher")  # the method of a record that an evaluation made
 COSTS = ("num_trainable_parameters", "perf/peak_mem_gib", "seconds")
 
 HEADER = """\
@@ -56,7 +56,7 @@ def draft(name: str, records: Sequence[RunRecord], where_it_ran: Sequence[str]) 
                     f"no table.yaml can be started: runs {runs[0].run_id} and {run.run_id} cannot "
                     f"be told apart by {', '.join(keys)}, which one of them lacks; write it by hand"
                 )
-        reference = {"reference": True} if runs[0].choices.get("method") in UNTRAINED else {}
+        reference = {"reference": True} if is_untrained(runs[0]) else {}
         rows.append({"label": _label(runs[0], keys), "where": where, **reference})
     if len({row["label"] for row in rows}) < len(rows):
         for row in rows:

@@ -8,6 +8,11 @@ from typing import Any
 from neo.results.records import SCHEMA_VERSION, RunRecord
 
 
+def is_untrained(record: RunRecord) -> bool:
+    """Return whether the record is of a base or a teacher that an evaluation has made it for."""
+    return "evaluated" in record.config
+
+
 def with_evaluation(
     record: RunRecord, entry: Mapping[str, Any], numbers: Mapping[str, float | int]
 ) -> RunRecord:

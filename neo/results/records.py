@@ -112,13 +112,17 @@ class RunRecord:
         for name in _FIELDS:
             _require_plain_json(getattr(self, name), name)
 
-    def to_json(self) -> str:
-        """Return the record as indented JSON, absent where a field is None."""
-        known = {"schema_version": self.schema_version} | {
+    def known(self) -> dict[str, Any]:
+        """Return the fields by name, without those that are None and evaluations that are none."""
+        return {
             name: value
             for name, value in asdict(self).items()
             if value is not None and (name != "evaluations" or value)
         }
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON, absent where a field is None."""
+        known = {"schema_version": self.schema_version} | self.known()
         return json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
