@@ -20,7 +20,8 @@ def mini_run(folder: Path, *overrides: str) -> RunRecord:
     """A few steps from the shipped student, its test rows answered as training answers them."""
     record = train(
         compose_raw(
-            "method=neo", "lora.r=4", "optim.lr=0.003", "trainer.max_steps=3",
+            *([] if "method=sft" in overrides else ["method=neo", "lora.r=4"]),
+            "optim.lr=0.003", "trainer.max_steps=3",
             "trainer.max_epochs=-1", "data.num_rows=48", "data.num_val_rows=0", "data.rows_seed=5",
             f"data.num_test_rows={NUM_TEST_ROWS}", "eval_split=test", "trainer=cpu",
             "trainer.enable_progress_bar=false", f"run_dir={folder}", *overrides,
