@@ -65,15 +65,18 @@ def by_the_harness(arguments, unit, metadata=METADATA, **options):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from neo.evaluation.measuring import numbers_of
     from neo.evaluation.task_names import TASKS
 
     manager = TaskManager(include_path=TASKS, include_defaults=False, metadata=dict(metadata))
-    results = simple_evaluate(
+    return simple_evaluate(
         model="hf", model_args=arguments, tasks=[unit], task_manager=manager,
         batch_size=64, device="cpu", **options,
     )  # fmt: skip
-    return numbers_of(results["results"])
+
+
+def likelihoods(rows):
+    """Of every choice of every row, as the harness keeps them."""
+    return [[response[0][0] for response in row["resps"]] for row in rows]
 
 
 def test_the_harness_counts_what_training_counted(mini_lab):
@@ -87,13 +90,19 @@ def test_the_harness_counts_what_training_counted(mini_lab):
 
 
 def test_every_number_is_the_harness_own_to_the_last_digit(mini_lab):
-    """Likelihoods decide the choices, so `acc` and every standard error come with them."""
+    from neo.evaluation.measuring import numbers_of
+
     arguments = {"pretrained": str(MINI / "student"), "peft": str(mini_lab / "adapter")}
-    expected = by_the_harness(arguments, "mini_lab", random_seed=1234)
+    results = by_the_harness(arguments, "mini_lab", random_seed=1234)
+    expected = numbers_of(results["results"])
     found = metrics_of(mini_lab)
     assert {name: found[name] for name in expected} == expected
     assert {"eval/mini_lab/acc", "eval/mini_lab/acc_stderr"} <= expected.keys()
     assert len(expected) == 48
+    for kind in KINDS:
+        kept = lines(mini_lab / "evaluation" / "student" / f"mini_choice_{kind}.jsonl")
+        ours = [[choice["loglikelihood"] for choice in line["answer"]] for line in kept]
+        assert ours == likelihoods(results["samples"][f"mini_choice_{kind}"])
 
 
 def test_a_run_keeps_its_own_numbers_and_says_how_the_new_ones_were_taken(trained, mini_lab):
@@ -233,6 +242,8 @@ def test_the_chat_template_writes_what_the_tasks_write_themselves(mini_lab, tmp_
 
 @pytest.mark.slow
 def test_sampled_answers_are_those_of_the_seed_and_of_the_harness(run):
+    from neo.evaluation.measuring import numbers_of
+
     sampling = ["generate.temperature=1.5", "generate.top_p=0.9"]
 
     def answers(seed):
@@ -247,7 +258,10 @@ def test_sampled_answers_are_those_of_the_seed_and_of_the_harness(run):
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 1
     )
-    expected = by_the_harness(arguments, "mini_answer_strings", gen_kwargs=given, **seeds)
+    results = by_the_harness(arguments, "mini_answer_strings", gen_kwargs=given, **seeds)
+    expected = numbers_of(results["results"])
+    texts = [row["resps"][0][0] for row in results["samples"]["mini_answer_strings"]]
+    assert texts == again
     assert expected.items() <= metrics_of(run).items()
 
 
@@ -334,7 +348,7 @@ def test_on_a_cpu_a_batch_is_as_large_as_the_free_memory_allows(run, monkeypatch
     evaluated(run, "tasks=mini_lab", "limit=2")
     (entry,) = read_record(run / "record.json").evaluations
     assert entry["batch_size"] in (2, 4, 8, 16)
-    monkeypatch.setattr(loading, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 0.0)
     evaluated(run, "tasks=mini_lab", "limit=2", "rerun=true")
     assert read_record(run / "record.json").evaluations[0]["batch_size"] == 1
 
