@@ -99,7 +99,7 @@ def test_finite_leaves_out_what_a_record_must_not_hold():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 3}, "schema_version.*3.*reads 1, 2"),
+        ({"schema_version": 4}, "schema_version.*4.*reads 1, 2, 3"),
         ({"schema_version": None}, "'schema_version' is None"),
         ({"status": "fine"}, "status: 'fine', legal: ok, failed"),
         ({"metrics": {"val/cee": 1.0}}, "unknown metric 'val/cee'.*val/ce"),

@@ -35,21 +35,24 @@ def mini_rows(
             of another row of the kind. Other splits are always right.
         kinds: The kinds to draw from; all of them by default.
     """
-    names = tuple(KINDS) if kinds is None else kinds
-    _refuse(split, num_rows, label_noise, names)
     rng = Random(f"{split} {seed}")
-    counts = [len(range(start, num_rows, len(names))) for start in range(len(names))]
-    tasks = [
-        (kind, task)
-        for kind, count in zip(names, counts, strict=True)
-        for task in _draw(kind, count, split, rng)
-    ]
-    rng.shuffle(tasks)
+    tasks = _tasks(split, num_rows, label_noise, kinds, rng)
     wrong = _wrong_answers(tasks, label_noise if split == "train" else 0.0, rng)
     return [
         {"messages": _messages(task, wrong.get(i)), "kind": kind, "noisy": i in wrong}
         for i, (kind, task) in enumerate(tasks)
     ]
+
+
+def wrong_answers(split: str, num_rows: int, *, seed: int) -> list[str]:
+    """For each of `mini_rows(split, num_rows, seed=seed)`, one that only looks right.
+
+    It ends in the result of another row of the kind and form, as the wrong ones of training do.
+    """
+    rng = Random(f"{split} {seed}")
+    tasks = _tasks(split, num_rows, 0.0, None, rng)
+    wrong = _wrong_answers(tasks, 1.0, rng)
+    return [wrong[i] for i in range(len(tasks))]
 
 
 def split_of(operands: Operands) -> str:
@@ -62,6 +65,22 @@ def split_of(operands: Operands) -> str:
     digest = blake2b(repr(operands).encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "big") % 100
     return "test" if place < 10 else "val" if place < 15 else "train"
+
+
+def _tasks(
+    split: str, num_rows: int, label_noise: float, kinds: tuple[str, ...] | None, rng: Random
+) -> list[tuple[str, Task]]:
+    """The tasks behind the rows, each with its kind, in the rows' order."""
+    names = tuple(KINDS) if kinds is None else kinds
+    _refuse(split, num_rows, label_noise, names)
+    counts = [len(range(start, num_rows, len(names))) for start in range(len(names))]
+    tasks = [
+        (kind, task)
+        for kind, count in zip(names, counts, strict=True)
+        for task in _draw(kind, count, split, rng)
+    ]
+    rng.shuffle(tasks)
+    return tasks
 
 
 def _refuse(split: str, num_rows: int, label_noise: float, kinds: tuple[str, ...]) -> None:

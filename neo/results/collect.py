@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from neo.results.evaluations import without_evaluations
 from neo.results.records import RunRecord, find_records, read_record, write_atomically
 from neo.results.table_spec import TableSpec
 
@@ -11,7 +12,8 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
 
     Raises:
         ValueError: A record belongs to another experiment, or its run came to its end and is
-            recorded in `results` with other content, which is never changed.
+            recorded in `results` with other content, which is never changed. What an evaluation
+            has added since is no other content, and taken over.
     """
     recorded = {read_record(path).run_id: path for path in sorted(results.glob("*.json"))}
     new = []
@@ -33,6 +35,9 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
             new.append(target)
         elif known.read_bytes() == path.read_bytes():
             continue
+        elif _same_run(record, read_record(known)):
+            if record.evaluations:  # taken since, or taken anew
+                write_atomically(known, path.read_bytes())
         elif read_record(known).status != "ok":  # what failed was run again
             if log_of(path).is_file():
                 write_atomically(log_of(known), log_of(path).read_bytes())
@@ -43,6 +48,12 @@ def collect(runs: Path, results: Path, name: str, spec: TableSpec) -> list[Path]
                 "is recorded is not edited; use out=DIR to render these runs elsewhere"
             )
     return new
+
+
+def _same_run(left: RunRecord, right: RunRecord) -> bool:
+    """Return whether the two differ in their evaluations at most."""
+    plain = [without_evaluations(record) for record in (left, right)]
+    return plain[0] == plain[1]
 
 
 def stem_of(record: RunRecord, spec: TableSpec) -> str:

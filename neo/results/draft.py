@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from neo.results.evaluations import is_untrained
+from neo.results.metrics import STDERR
 from neo.results.records import RunRecord
 from neo.results.summary import ABSENT, leaves, lookup, spell
 from neo.results.tables import matches
@@ -65,7 +67,8 @@ def draft(name: str, records: Sequence[RunRecord], where_it_ran: Sequence[str]) 
                     f"no table.yaml can be started: runs {runs[0].run_id} and {run.run_id} cannot "
                     f"be told apart by {', '.join(keys)}, which one of them lacks; write it by hand"
                 )
-        rows.append({"label": _label(runs[0], keys), "where": where})
+        reference = {"reference": True} if is_untrained(runs[0]) else {}
+        rows.append({"label": _label(runs[0], keys), "where": where, **reference})
     if len({row["label"] for row in rows}) < len(rows):
         for row in rows:
             row["label"] = ", ".join(f"{key}={spell(v)}" for key, v in row["where"].items())
@@ -179,13 +182,24 @@ def _columns(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     """Return the numbers that any of the runs has, quality before costs."""
     names = {name for run in records for name in run.metrics}
     answers = sorted(n for n in names if n.startswith("eval/") and n.endswith("/exact_match"))
+    evaluated = {task for run in records for entry in run.evaluations for task in entry["tasks"]}
+    answers = [name for name in answers if name.split("/")[1] not in evaluated]
     found = []
-    for key in (*METRICS, *answers, *COSTS):
+    for key in (*METRICS, *answers, *_evaluations(records), *COSTS):
         if key in names:
             found.append({"metric": key})
         elif key in COSTS and any(getattr(run, key, None) is not None for run in records):
             found.append({"field": key})
     return found or [{"metric": METRICS[0]}]  # all runs failed: the table says so
+
+
+def _evaluations(records: Sequence[RunRecord]) -> list[str]:
+    """Return the metrics of what was asked for by name, not of the tasks in a group."""
+    asked = {entry["name"]: None for run in records for entry in run.evaluations}
+    names = {name for run in records for name in run.metrics}
+    prefixes = tuple(f"eval/{name}/" for name in asked)
+    found = {name for name in names if prefixes and name.startswith(prefixes)}
+    return sorted(name for name in found if not name.split("/")[2].endswith(STDERR))
 
 
 def _figures(records: Sequence[RunRecord], most_runs: int) -> list[dict[str, str]]:

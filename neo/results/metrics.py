@@ -80,16 +80,25 @@ FIELDS: dict[str, Metric] = {
 }
 
 _EVAL = re.compile(r"eval/(?P<task>[\w.+-]+)/(?P<metric>[\w.+-]+)(?:/(?P<kind>[\w.+-]+))?")
-_EVAL_SHARES = ("exact_match", "acc", "acc_norm", "f1", "mc1", "mc2", "pass_at_1")
-_EVAL_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+STDERR = "_stderr"  # behind a metric's name: its standard error, over the rows of the task
+_EVAL_SHARES = (
+    "exact_match", "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "em", "f1", "mc1", "mc2",
+    "pass_at_1", "pass_1",
+)  # fmt: skip
+_EVAL_HIGHER = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "mcc")
+_EVAL_LOWER = (
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter",
+    "wer",
+)  # fmt: skip
 
 
 def metric_info(name: str) -> Metric:
     """Return what the metric called `name` means.
 
     Evaluations are open-ended: `eval/<task>/<metric>` and `eval/<task>/<metric>/<kind>` are legal
-    for every task. Metrics of the evaluation harness that are known shares have a direction;
-    others are printed as they come.
+    for every task; the third part is a kind of rows, or a filter of answers. `<metric>_stderr` is
+    the standard error, in the metric's own unit. Metrics of the evaluation harness that are known
+    shares have a direction; others are printed as they come.
 
     Raises:
         ValueError: `name` is neither listed nor an evaluation.
@@ -132,8 +141,22 @@ def quantity(name: str) -> tuple[Metric, bool]:
 
 
 def _eval_metric(name: str, task: str, metric: str, kind: str | None) -> Metric:
-    what = f"{metric} of {task}" + (f", rows of kind {kind}" if kind else "")
-    plain = metric.removesuffix("_stderr")
-    if plain in _EVAL_SHARES:
-        return Metric(name, SHARE, what, "higher" if plain == metric else None, 1)
-    return Metric(name, "1", what, "lower" if metric in _EVAL_LOWER else None, 3)
+    plain = metric.removesuffix(STDERR)
+    what = f"{plain} of {task}" + (f", of kind or behind filter {kind}" if kind else "")
+    unit, decimals = (SHARE, 1) if plain in _EVAL_SHARES else ("1", 3)
+    if plain != metric:
+        return Metric(name, unit, f"standard error of {what}, over its rows", None, decimals)
+    higher = plain in _EVAL_SHARES or plain in _EVAL_HIGHER
+    better = "higher" if higher else "lower" if plain in _EVAL_LOWER else None
+    return Metric(name, unit, what, better, decimals)
+
+
+def stderr_name(name: str) -> str:
+    """Return what the standard error of an evaluation's metric is called.
+
+    Example:
+        >>> stderr_name("eval/gsm8k/exact_match/strict-match")
+        'eval/gsm8k/exact_match_stderr/strict-match'
+    """
+    start, task, metric, *kind = name.split("/")
+    return "/".join([start, task, metric + STDERR, *kind])

@@ -3,10 +3,11 @@
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neo.results.evaluations import is_untrained
 from neo.results.metrics import FIELDS, METRICS, Metric, metric_info
 from neo.results.page_curves import points_per_curve, read_curves, short, thin
 from neo.results.records import RunRecord
@@ -63,6 +64,7 @@ def page_data(
     rows = _rows_of(table)
     order = {run_id: i for i, run_id in enumerate(rows)}
     ordered = sorted(records, key=lambda r: (order.get(r.run_id, len(order)), r.seed, r.run_id))
+    trained = [run for run in ordered if not is_untrained(run)]
     logs = [read_curves(curves[r.run_id]) if r.run_id in curves else ({}, {}) for r in ordered]
     logged = {name for found, _ in logs for name, curve in found.items() if len(curve) > 1}
     recorded = _in_order({name for run in ordered for name in run.metrics})
@@ -74,20 +76,20 @@ def page_data(
         "metrics": {info.name: _printed(info) for info in (*FIELDS.values(), *measured)},
         "metric_names": recorded,
         "curve_names": sorted(logged, key=_curve_rank),
-        "differing": [".".join(path) for path, _ in differing_paths(ordered)],
+        "differing": [".".join(path) for path, _ in differing_paths(trained)],
         "points_per_curve": limit,
         "runs": [
             {
                 "own": {key: v for key in _OWN if (v := getattr(run, key)) is not None},
                 "shared": {
                     key: pool.place(value)
-                    for key, value in asdict(run).items()
-                    if key not in (*_OWN, "config", "metrics") and value is not None
+                    for key, value in run.known().items()
+                    if key not in (*_OWN, "config", "metrics")
                 },
                 "config": {key: pool.place(value) for key, value in run.config.items()},
                 "metrics": [run.metrics.get(name) for name in recorded],
                 "rows": rows.get(run.run_id, []),
-                "repeat": shlex.join(["python", "-m", "neo.train", *run.overrides]),
+                "repeat": _repeat(run),
                 "command": shlex.join(run.argv),
                 "unusable": unusable,
             }
@@ -105,6 +107,13 @@ def page_data(
         "pool": pool.values,
         "steps": steps.values,
     }  # fmt: skip
+
+
+def _repeat(run: RunRecord) -> str:
+    """Return the command that makes the record again."""
+    if is_untrained(run):
+        return shlex.join(run.argv)
+    return shlex.join(["python", "-m", "neo.train", *run.overrides])
 
 
 def settings(records: Sequence[RunRecord], named: Iterable[str] = ()) -> list[Setting]:

@@ -14,9 +14,10 @@ from typing import Any
 
 from neo.results.metrics import metric_info
 
-SCHEMA_VERSION = 2
-# Version 1 had no status "pruned" and knew its data by path and number of rows alone.
-READABLE = (1, 2)
+SCHEMA_VERSION = 3
+# Version 1 had no status "pruned" and knew its data by path and number of rows alone; before
+# version 3 there were no evaluations.
+READABLE = (1, 2, 3)
 STATUSES = ("ok", "failed", "oom", "diverged", "interrupted", "pruned")
 ROW_COUNTS = ("read", "used", "truncated", "bad")
 PACKAGES = (
@@ -54,6 +55,10 @@ class RunRecord:
         models: Role ("student", "teacher") to {"path", and a "revision" or content "hash"}.
         data: {"path", "num_rows", "schema", and a content "hash" or the hub's "revision"}.
         argv: The command that makes this run, be it of a sweep or not.
+        evaluations: How the numbers `eval/<task>/...` were taken that were added after the run, an
+            entry for each time: "name" as asked for, "tasks" (each with its version, shots and
+            rows; those that a newer entry has are gone from an older one), "num_tasks" at first,
+            "settings" that decide the numbers, and where and when it was.
         schema_version: Of the record that was read; one that is made has the newest.
     """
 
@@ -80,6 +85,7 @@ class RunRecord:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     argv: list[str] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -101,14 +107,22 @@ class RunRecord:
         unknown = set(self.rows) - set(ROW_COUNTS)
         if unknown:
             raise ValueError(f"rows: unknown {sorted(unknown)}, legal: {', '.join(ROW_COUNTS)}")
+        for i, entry in enumerate(self.evaluations):
+            _check_evaluation(entry, f"evaluations[{i}]")
         for name in _FIELDS:
             _require_plain_json(getattr(self, name), name)
 
+    def known(self) -> dict[str, Any]:
+        """Return the fields by name, without those that are None and evaluations that are none."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and (name != "evaluations" or value)
+        }
+
     def to_json(self) -> str:
         """Return the record as indented JSON, absent where a field is None."""
-        known = {"schema_version": self.schema_version} | {
-            name: value for name, value in asdict(self).items() if value is not None
-        }
+        known = {"schema_version": self.schema_version} | self.known()
         return json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -151,7 +165,7 @@ _REQUIRED = [
 ]
 _CONTAINERS: dict[str, type] = {
     **dict.fromkeys(("choices", "config", "metrics", "rows", "versions", "models", "data"), dict),
-    **dict.fromkeys(("overrides", "argv"), list),
+    **dict.fromkeys(("overrides", "argv", "evaluations"), list),
 }
 _TEXTS = ("run_id", "experiment_name", "status", "started_at", "error", "commit", "device")
 
@@ -276,6 +290,15 @@ def _cpu_name() -> str:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     return f"cpu: {name}, {cores} cores"
+
+
+def _check_evaluation(entry: object, place: str) -> None:
+    """Raise ValueError unless the entry says what every evaluation says."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: {entry!r} is not a mapping of keys to values")
+    for key, kind in (("name", str), ("tasks", dict), ("num_tasks", int), ("settings", dict)):
+        if not isinstance(entry.get(key), kind):
+            raise ValueError(f"{place}.{key}: {entry.get(key)!r} is not of type {kind.__name__}")
 
 
 def _is_number(value: object) -> bool:

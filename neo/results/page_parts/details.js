@@ -94,7 +94,7 @@ function openDetails(dialog, run, data) {
     section("Origin", [listing([
       ["commit", record.commit ? record.commit + dirty : "not known"],
       ["device", record.device ?? "not recorded"],
-      ...["models", "data", "rows", "choices", "versions"].flatMap((name) => dotted({ [name]: record[name] ?? {} })),
+      ...["models", "data", "rows", "choices", "versions", "evaluations"].flatMap((name) => dotted({ [name]: record[name] ?? {} })),
       ["record", `schema version ${record.schema_version}`],
     ])], "full"));
   dialog.replaceChildren(head, body);
