@@ -53,7 +53,7 @@ def law_of_bad_rows(name):
     wrong = {
         "empty": [replaced(example, ANSWERED, by) for by in ("", " \n")],
         "malformed": [
-            *(replaced(example, text, by) for text in (ASKED, ANSWERED) for by in (42, None, "\ud8")),
+            *(replaced(example, t, by) for t in (ASKED, ANSWERED) for by in (42, None, "\ud83d")),
             *({**example, column: by} for column in SCHEMAS[name].columns for by in (None, 7, [7])),
         ],
     }
@@ -137,6 +137,6 @@ def test_a_right_schema_of_ones_own_is_found_and_keeps_every_law(law, monkeypatc
 @pytest.mark.parametrize(("law", "wrong"), WRONG.values(), ids=WRONG)
 def test_every_law_sees_a_wrong_schema(law, wrong, monkeypatch):
     monkeypatch.setitem(rows.SCHEMAS, "wrong", wrong)
-    # pytest's own, for a row that should have been refused, or what the wrong row led to
-    with pytest.raises((AssertionError, pytest.fail.Exception, ValueError, TypeError, AttributeError)):
+    # pytest's own where a row should have been refused, or what a row led to that should not
+    with pytest.raises((AssertionError, pytest.fail.Exception, ValueError, AttributeError)):
         law("wrong")
