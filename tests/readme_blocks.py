@@ -98,6 +98,8 @@ def shortened(arguments: list[str]) -> list[str]:
         return arguments
     own_data = bool(groups & {"data", "experiment", "scale", "pair"})
     many = any(re.match(r"trainer\.devices=(?!1$)", a) for a in arguments)
+    # one job of a sweep: the first values of what is swept
+    arguments = [re.sub(r"^([\w./]+=[^,\[({'\"]*),.*", r"\1", a) for a in arguments]
     starts_processes = many or bool(groups & {"-m", "--multirun", "experiment"})
     return [
         *arguments,

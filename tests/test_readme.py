@@ -83,7 +83,7 @@ def page(*fences):
         ("bash", "python -m neo.plan lora.rank=3", "lora.rank=3: ended with status 2"),
         ("bash", "python -m neo.export run=NOWHERE out=OUT", "ended with status 2"),
         ("bash", "true\nfalse", "false: ended with status 1"),
-        ("python", "assert 1 == 2", ""),
+        ("python", "assert 1 == 2, 'it differs'", "it differs"),
     ],
 )
 def test_a_marked_block_that_does_not_end_well_fails_and_an_unmarked_one_is_not_run(
@@ -122,6 +122,7 @@ def test_a_command_that_starts_processes_is_checked_and_others_train_a_little():
     assert "dry_run=true" not in shortened(["lora.r=8", "trainer.devices=1"])
     for arguments in (["-m", "seed=0,1"], ["experiment=mini"], ["trainer.devices=2"]):
         assert "dry_run=true" in shortened(arguments)
+    assert shortened(["-m", "seed=0,1", "a.b=[1,2]"])[:3] == ["-m", "seed=0", "a.b=[1,2]"]
     assert "data.num_rows=64" in shortened(["method=kd"])
     assert "data.num_rows=64" not in shortened(["data=jsonl"])
 
