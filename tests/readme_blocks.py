@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 LANGUAGES = ("bash", "python")
 PLACEHOLDERS = ("ROWS", "DIR", "RUN", "NAME")
 
-# What makes a command of ours short. Only training takes long; a command that starts processes of
+# What makes a command of ours short, where rows or steps take time; one that starts processes of
 # its own is checked and planned instead, and trains where the block is run as it is written.
+SHORTENED = ("neo.train", "neo.plan")  # both take the config of a run
 SMALL = ("trainer.max_steps=2", "trainer.enable_progress_bar=false")
 SMALL_MINI = ("data.num_rows=64", "data.num_val_rows=16", "data.max_length=128")
 ALSO_CHECKED = ("dry_run=true",)
@@ -92,7 +93,7 @@ def marked(blocks: list[Block]) -> dict[str, list[Block]]:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """The arguments of `neo.train` with what makes the run short."""
+    """The arguments of a run, with what makes it short."""
     groups = {a.split("=")[0] for a in arguments}
     if {"--help", "-h", "--cfg"} & groups:
         return arguments
@@ -147,7 +148,7 @@ class Reader:
         if self.as_written or not ours:
             status = self.in_a_shell(command)
         else:
-            arguments = shortened(words[3:]) if words[2] == "neo.train" else words[3:]
+            arguments = shortened(words[3:]) if words[2] in SHORTENED else words[3:]
             status = in_this_process(words[2], arguments)
         assert status == 0, f"{command}: ended with status {status}"
 
