@@ -34,7 +34,8 @@ HOMES = {
     "logger": "neo.training.loggers.",
 }
 # A config may name nothing else as `_target_`, nor a name that one of these has only imported.
-TARGETS = (*HOMES.values(), "neo.losses.divergences.")
+# A divergence may stand in a file of its own, neo/losses/divergences_NAME.py: hence no dot.
+TARGETS = (*HOMES.values(), "neo.losses.divergences")
 SPECS = ("student", "teacher", "lora", "loss", "data", "optim")
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 

@@ -48,6 +48,19 @@ def test_a_value_out_of_range_is_refused_with_place_value_and_range(wrong, messa
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("wrong", "gives"),
+    [
+        (lambda s, t, temperature: (s - t).square().mean(), r"\(\) for two tokens"),
+        (lambda s, t, temperature: (s - t).square(), r"\(2, 3\) for two tokens"),
+        (lambda s, t, temperature: 0.5, "0.5 for two tokens"),
+    ],
+)
+def test_a_divergence_that_is_not_one_number_a_token_is_refused(wrong, gives):
+    with pytest.raises(ValueError, match=rf"loss\.divergence: gives {gives}; must be one number"):
+        Distillation(divergence=wrong)
+
+
 def test_all_problems_of_a_spec_are_named_at_once():
     with pytest.raises(ValueError, match="loss") as error:
         Distillation(kd_ratio=2.0, temperature=0.0, chunk_gib=0, kd_positions="")

@@ -228,50 +228,6 @@ def test_at_a_high_temperature_total_variation_grows_with_it():
         )
 
 
-@each_divergence
-@each_temperature
-@given(shape=logit_rows)
-@settings(max_examples=8, deadline=None)
-def test_a_divergence_is_zero_between_equals(divergence, temperature, shape):
-    student, _ = random_logits(*shape)
-    torch.testing.assert_close(
-        divergence(student, student.clone(), temperature=temperature),
-        torch.zeros(len(student), dtype=torch.float64),
-    )
-
-
-@each_divergence
-@each_temperature
-@given(shape=logit_rows)
-@settings(max_examples=8, deadline=None)
-def test_a_divergence_is_never_negative(divergence, temperature, shape):
-    student, teacher = random_logits(*shape)
-    values = divergence(student, teacher, temperature=temperature)
-    # A sum of terms of both signs may end one rounding below 0.
-    assert (values >= -1e-12 * temperature**2).all()
-
-
-@each_divergence
-@each_temperature
-def test_a_divergence_tells_unequal_models_apart(divergence, temperature):
-    student, teacher = random_logits(0, 4, 7, 1.0)
-    assert (divergence(student, teacher, temperature=temperature) > 1e-4).all()
-
-
-@each_divergence
-@each_temperature
-@given(shape=logit_rows, a=st.floats(-50, 50), b=st.floats(-50, 50))
-@settings(max_examples=8, deadline=None)
-def test_a_divergence_is_blind_to_constants_added_to_logits(divergence, temperature, shape, a, b):
-    student, teacher = random_logits(*shape)
-    torch.testing.assert_close(
-        divergence(student + a, teacher + b, temperature=temperature),
-        divergence(student, teacher, temperature=temperature),
-        rtol=1e-7,
-        atol=1e-9,
-    )
-
-
 @each_temperature
 def test_both_kls_equal_those_of_torch(temperature):
     student, teacher = random_logits(1, 6, 11, 3.0)
@@ -416,29 +372,6 @@ def test_a_weight_of_0_hides_an_infinite_divergence():
     torch.testing.assert_close(adaptive_kl(q.log(), p.log()), reverse_kl(q.log(), p.log()))
 
 
-@pytest.mark.parametrize("name", [n for n in DIVERGENCES if not n.startswith("adaptive")])
-@each_temperature
-def test_the_gradient_of_a_divergence_is_that_of_finite_differences(name, temperature):
-    divergence = DIVERGENCES[name]
-    student, teacher = random_logits(5, 3, 5, 2.0)
-    assert torch.autograd.gradcheck(
-        lambda s: divergence(s, teacher, temperature=temperature), student.requires_grad_()
-    )
-
-
-@each_divergence
-@each_temperature
-def test_logits_of_80_give_finite_values_and_gradients(divergence, temperature):
-    student = torch.tensor([[80.0, -80.0, 0.0], [-80.0, 80.0, 80.0]], requires_grad=True)
-    teacher = torch.tensor([[-80.0, 80.0, 0.0], [-80.0, 80.0, 80.0]])
-    values = divergence(student, teacher, temperature=temperature)
-    (gradient,) = torch.autograd.grad(values.sum(), student)
-    assert values.isfinite().all()
-    assert gradient.isfinite().all()
-    assert values[0] > 0.01
-    assert values[1] == 0
-
-
 @pytest.mark.parametrize(
     "name", [n for n in DIVERGENCES if n not in INFINITE_WHERE_THE_TEACHER_RULES_OUT]
 )
@@ -468,21 +401,6 @@ def test_ids_that_both_rule_out_count_for_nothing(divergence):
 def test_reverse_kl_is_infinite_where_the_student_takes_what_the_teacher_rules_out(name):
     one_hot = torch.tensor([[0.0, -math.inf]])
     assert DIVERGENCES[name](torch.zeros(1, 2), one_hot).isposinf().all()
-
-
-@each_divergence
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_compared_in_float32(divergence, dtype):
-    student, teacher = random_logits(7, 4, 50, 3.0).to(dtype)
-    values = divergence(student, teacher)
-    assert values.dtype == torch.float32
-    torch.testing.assert_close(values, divergence(student.float(), teacher.float()))
-
-
-@each_divergence
-def test_float64_stays_float64_beside_a_narrower_model(divergence):
-    student, teacher = random_logits(8, 4, 50, 3.0)
-    assert divergence(student.float(), teacher).dtype == torch.float64
 
 
 def test_cross_entropy_is_minus_the_log_probability_of_the_target():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from found_divergences import all_divergences, function_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +32,7 @@ def handmade(student_logits, teacher_logits, *, temperature=1.0):
     return temperature**2 * gap.square().sum(-1)
 
 
-DIVERGENCES = {
+GIVEN = {
     "forward_kl": forward_kl,
     "forward_kl_partial": functools.partial(forward_kl),
     "reverse_kl": reverse_kl,
@@ -42,6 +43,13 @@ DIVERGENCES = {
     "adaptive_kl": functools.partial(adaptive_kl, head_mass=0.4),
     "total_variation": total_variation,
     "handmade": handmade,
+}
+# A new one is held to the same unasked.
+TRIED = {function_of(divergence) for divergence in GIVEN.values()}
+DIVERGENCES = GIVEN | {
+    name: divergence
+    for name, divergence in all_divergences().items()
+    if function_of(divergence) not in TRIED
 }
 HEADS = {
     "plain": {},

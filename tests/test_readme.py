@@ -1,70 +1,142 @@
+import os
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from fits import ROWS, fit
-from lab import compose, compose_raw
+from lab import compose, tiny_model
+from readme_blocks import ROOT, Reader, blocks_of, marked, shortened
 
 from neo.config import GROUPS, conf_dir
-from neo.export import export
-from neo.train import train
 from neo.training.consistency import check_config
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    for line in block.splitlines()
-]
-
-
-def arguments(command: str, **values: object) -> list[str]:
-    words = shlex.split(command)[3:]
-    for name, value in values.items():
-        words = [re.sub(rf"={name}$", f"={value}", word) for word in words]
-    return words
+BLOCKS = blocks_of(TEXT)
+SECTIONS = marked(BLOCKS)
+SHELL = [block for block in BLOCKS if block.language == "bash"]
+# `python -m pytest` stands under "Adding your own", and is run by test_adding.py.
+COMMANDS = [c for block in SHELL for c in block.commands() if " -m pytest " not in c]
+UNMARKED = [c for block in SHELL if not block.runs for c in block.commands()]
 
 
 def test_every_command_of_the_readme_is_one_of_ours():
     assert COMMANDS
     for command in COMMANDS:
-        assert shlex.split(command)[:2] == ["python", "-m"]
-        assert shlex.split(command)[2] in ("neo.train", "neo.plan", "neo.export", "neo.report")
+        python, m, module = shlex.split(command)[:3]
+        assert (python, m) == ("python", "-m")
+        assert module.startswith("neo.")
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "neo.train" in c and "--help" not in c])
-def test_every_training_command_of_the_readme_is_a_config_that_can_run(
-    command, student_dir, monkeypatch
-):
+@pytest.mark.parametrize("command", [c for c in UNMARKED if "neo.train" in c])
+def test_every_training_command_that_is_not_run_is_a_config_that_can_run(command, monkeypatch):
     from neo.training import trainer
 
     # The hub's models and a GPU are not here; everything else is checked.
     monkeypatch.setattr(trainer, "trainer_problems", lambda node, **_: [])
     monkeypatch.setattr("neo.training.consistency.trainer_problems", lambda node, **_: [])
-    words = arguments(command, ROWS=ROWS / "alpaca.json", DIR=student_dir)
     # sweepers and launchers have tests of their own
+    words = shlex.split(command)[3:]
     kept = [w for w in words if w != "-m" and "interval(" not in w and not w.startswith("hydra")]
     check_config(compose(*(word.split(",")[0] for word in kept)))
 
 
-def test_the_first_command_of_the_readme_trains(student_dir, tmp_path):
-    (command,) = [c for c in COMMANDS if "data=jsonl" in c]
-    words = arguments(command, ROWS=ROWS / "sharegpt.jsonl", DIR=student_dir)
-    record = train(compose_raw(*words, "data.max_length=128", f"run_dir={tmp_path}"))
-    assert record is not None
-    assert record.status == "ok"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model that takes rows as long as any default asks for."""
+    folder = tmp_path_factory.mktemp("model")
+    return tiny_model(folder, hidden=32, seed=1, max_position_embeddings=2048)
 
 
-def test_the_export_commands_of_the_readme_export(student_dir, teacher_dir, tmp_path):
-    fit(student_dir, teacher_dir, tmp_path / "run", "trainer.max_steps=1")
-    for number, command in enumerate(c for c in COMMANDS if "neo.export" in c):
-        given = dict(word.split("=") for word in shlex.split(command)[3:])
-        export(tmp_path / "run", tmp_path / str(number), merge=given.get("merge") == "true")
-        assert (tmp_path / str(number)).is_dir()
+@pytest.fixture
+def reader(model, tmp_path):
+    def make_run(folder):
+        fit(model, model, folder, "trainer.max_steps=1")
+
+    return Reader(tmp_path, ROWS / "sharegpt.jsonl", model, make_run)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_marked_blocks_of_a_section_run_when_they_are_made_short(section, reader):
+    for block in SECTIONS[section]:
+        reader.do(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_marked_blocks_of_a_section_run_as_they_are_written(section, reader):
+    reader.as_written = True
+    for block in SECTIONS[section]:
+        reader.do(block)
+
+
+def page(*fences):
+    """A page of one section with these blocks, each a first line and the rest."""
+    return "# Page\n\n## Section\n\n" + "".join(f"```{a}\n{b}\n```\n" for a, b in fences)
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "message"),
+    [
+        ("bash", "python -m neo.plan lora.rank=3", "lora.rank=3: ended with status 2"),
+        ("bash", "python -m neo.export run=NOWHERE out=OUT", "ended with status 2"),
+        ("bash", "true\nfalse", "false: ended with status 1"),
+        ("python", "assert 1 == 2, 'it differs'", "it differs"),
+    ],
+)
+def test_a_marked_block_that_does_not_end_well_fails_and_an_unmarked_one_is_not_run(
+    language, text, message, reader
+):
+    assert marked(blocks_of(page((language, text)))) == {}
+    (block,) = marked(blocks_of(page((f"{language} run", text))))["Section"]
+    with pytest.raises(AssertionError, match=message):
+        reader.do(block)
+
+
+def test_the_blocks_of_a_section_share_a_folder_and_what_python_has_named(reader):
+    text = page(
+        ("bash run", "mkdir OUT # a comment\n# another\ntouch \\\n  OUT/it"),
+        ("python run", "from pathlib import Path\nfound = [p.name for p in Path('OUT').iterdir()]"),
+        ("python run", "assert found == ['it']"),
+    )
+    for block in marked(blocks_of(text))["Section"]:
+        reader.do(block)
+
+
+def test_words_in_capitals_stand_for_what_there_is_and_run_for_the_newest(reader):
+    for number, name in enumerate(("old/a", "new/b")):
+        record = reader.folder / "runs" / name / "record.json"
+        record.parent.mkdir(parents=True)
+        record.touch()
+        os.utime(record, (number, number))
+    run = reader.folder / "runs/new/b"
+    assert reader.filled("run=RUN out=OUT NAME") == f"run={run} out=OUT new"
+    assert reader.filled("data.path=ROWS DIR") == f"data.path={reader.rows} {reader.model}"
+    assert reader.filled("RUNS my-DIR a.ROWS") == "RUNS my-DIR a.ROWS"
+
+
+def test_a_command_that_starts_processes_is_checked_and_others_train_a_little():
+    assert shortened(["--help"]) == ["--help"]
+    assert "dry_run=true" not in shortened(["lora.r=8", "trainer.devices=1"])
+    for arguments in (["-m", "seed=0,1"], ["experiment=mini"], ["trainer.devices=2"]):
+        assert "dry_run=true" in shortened(arguments)
+    assert shortened(["-m", "seed=0,1", "a.b=[1,2]"])[:3] == ["-m", "seed=0", "a.b=[1,2]"]
+    assert "data.num_rows=64" in shortened(["method=kd"])
+    assert "data.num_rows=64" not in shortened(["data=jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (page(("yaml run", "a: 1")), "Section: a block of 'yaml' cannot be run"),
+        ("## Section\n```bash\ntrue\n", "Section: a block is not closed"),
+    ],
+)
+def test_a_page_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        blocks_of(text)
 
 
 def test_the_readme_names_every_group_and_every_choice_of_the_main_ones():

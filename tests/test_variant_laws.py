@@ -1,6 +1,7 @@
 """Laws of every file in conf/lora, found in the folder: a new file is held to them unasked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -31,7 +32,13 @@ from neo.training.random_state import restore_random_state
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3, 4], [11, 12, 13, 2, 1, 40, 41]])
-FILES = sorted((conf_dir() / "lora").glob("*.yaml"))
+
+
+def variant_files(folder):
+    return sorted((folder / "lora").glob("*.yaml"))
+
+
+FILES = variant_files(conf_dir())
 NAMES = [file.stem for file in FILES]
 WHOLE = [file.stem for file in FILES if "neo.models.variants.none" in file.read_text()]
 BRANCHES = [name for name in NAMES if name not in WHOLE]
@@ -145,6 +152,19 @@ def test_attaching_it_changes_no_output(name, folder, base_logits):
     student = attached(name, folder)
     torch.testing.assert_close(logits(student), base_logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(student.train()), base_logits, rtol=0, atol=1e-5)
+
+
+def test_a_wrong_variant_in_the_folder_is_found_and_seen(student_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_dir(), folder)
+    wrong = "# B begins at random.\ndefaults: [lora, _self_]\ninit_lora_weights: false\n"
+    (folder / "lora" / "wrong.yaml").write_text(wrong)
+    assert {file.stem for file in variant_files(folder)} == {*NAMES, "wrong"}
+    monkeypatch.setattr("lab.conf_dir", lambda: folder)
+    test_composing_it_builds_a_variant("wrong")
+    base = logits(CausalLM(path=str(student_dir)).load(CPU, trained=False))
+    with pytest.raises(AssertionError, match="not close"):
+        test_attaching_it_changes_no_output("wrong", student_dir, base)
 
 
 @pytest.mark.parametrize("name", each(NAMES))

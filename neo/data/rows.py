@@ -1,17 +1,17 @@
-"""Rows of any of four instruction schemas, turned into conversations.
+"""Rows of any instruction schema in `SCHEMAS`, turned into conversations.
 
 A *row* is what a data set holds; a *conversation* is what everything after this file reads: a list
 of messages, each with a role and a text.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]
 Conversation = list[Message]
 
 REASONS = ("empty", "no_assistant_turn", "nothing_supervised", "malformed", "template")
-SCHEMAS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 
 # Every name under which the four roles stand in public data sets.
 ROLES = {
@@ -46,6 +46,35 @@ class BadRow(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """How the rows of a data set are laid out.
+
+    Args:
+        columns: All of these are there; they tell the schema.
+        one_of: And one of these at least.
+        optional: What is read besides where it is there.
+        read: From a row to its messages. It need not check that there is an answer, and of a row
+            that is laid out otherwise it raises a `BadRow`.
+        example: A row that asks "2 + 2 =" and answers "4", which the tests read.
+    """
+
+    columns: tuple[str, ...]
+    one_of: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    read: Callable[[Mapping[str, Any]], Conversation]
+    example: Mapping[str, Any]
+
+    def fits(self, names: set[str]) -> bool:
+        """Whether columns of these names are of this schema."""
+        return names.issuperset(self.columns) and (not self.one_of or bool(names & {*self.one_of}))
+
+    def spelt(self) -> str:
+        """The columns in words."""
+        needed = ", ".join((*self.columns, *([" or ".join(self.one_of)] if self.one_of else [])))
+        return f"{needed}; optional {', '.join(self.optional)}" if self.optional else needed
+
+
 def detect_schema(columns: Collection[str]) -> str:
     """The one of `SCHEMAS` that these columns belong to.
 
@@ -57,21 +86,14 @@ def detect_schema(columns: Collection[str]) -> str:
         'sharegpt'
     """
     names = set(columns)
-    fits = {
-        "messages": "messages" in names,
-        "sharegpt": "conversations" in names,
-        "alpaca": {"instruction", "output"} <= names,
-        "prompt_completion": "prompt" in names and bool(names & {"completion", "response"}),
-    }
-    found = [schema for schema in SCHEMAS if fits[schema]]
+    found = [name for name, schema in SCHEMAS.items() if schema.fits(names)]
     if len(found) == 1:
         return found[0]
-    problem = f"fit {' and '.join(found)}" if found else "fit none of the four schemas"
+    problem = f"fit {' and '.join(found)}" if found else "fit none of the schemas"
+    known = ", ".join(f"{name} ({schema.spelt()})" for name, schema in SCHEMAS.items())
     raise ValueError(
         f"data.schema: the columns {sorted(names)} {problem}. A schema is known by its columns: "
-        "messages (messages), sharegpt (conversations), alpaca (instruction, output; optional "
-        "input, system, history), prompt_completion (prompt, completion or response). Rename the "
-        f"columns, or set data.schema to one of {', '.join(SCHEMAS)}"
+        f"{known}. Rename the columns, or set data.schema to one of {', '.join(SCHEMAS)}"
     )
 
 
@@ -87,19 +109,9 @@ def to_conversation(row: Any, schema: str) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise BadRow("malformed", f"a row is an object with named fields, got {_show(row)}")
-    if schema == "messages":
-        conversation = _messages(_field(row, "messages"), "messages")
-    elif schema == "sharegpt":
-        conversation = _messages(_field(row, "conversations"), "conversations")
-        system = row.get("system")
-        if system and not any(m["role"] == "system" for m in conversation):
-            conversation.insert(0, _message("system", system, "system"))
-    elif schema == "alpaca":
-        conversation = _alpaca(row)
-    elif schema == "prompt_completion":
-        conversation = _prompt_completion(row)
-    else:
+    if schema not in SCHEMAS:
         raise ValueError(f"data.schema={schema!r}: must be one of {', '.join(SCHEMAS)}")
+    conversation = SCHEMAS[schema].read(row)
     if not conversation:
         raise BadRow("empty", "the conversation has no messages")
     answers = [m["content"] for m in conversation if m["role"] == "assistant"]
@@ -107,6 +119,24 @@ def to_conversation(row: Any, schema: str) -> Conversation:
         raise BadRow("no_assistant_turn", f"its roles are {[m['role'] for m in conversation]}")
     if not any(answer.strip() for answer in answers):
         raise BadRow("empty", "every assistant turn is empty")
+    return conversation
+
+
+def turns(row: Mapping[str, Any], **columns: str) -> Conversation:
+    """One message per role, in the order given, with the text of its column.
+
+    Example:
+        >>> turns({"q": "2 + 2 =", "a": "4"}, user="q", assistant="a")
+        [{'role': 'user', 'content': '2 + 2 ='}, {'role': 'assistant', 'content': '4'}]
+    """
+    return [_message(role, _field(row, column), column) for role, column in columns.items()]
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Conversation:
+    conversation = _messages(_field(row, "conversations"), "conversations")
+    system = row.get("system")
+    if system and not any(m["role"] == "system" for m in conversation):
+        conversation.insert(0, _message("system", system, "system"))
     return conversation
 
 
@@ -214,3 +244,39 @@ def _is_list(value: Any) -> bool:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# A row of another layout needs one more entry here and nothing else: tests/test_schema_laws.py
+# finds it and reads its example.
+SCHEMAS = {
+    "messages": Schema(
+        columns=("messages",),
+        read=lambda row: _messages(_field(row, "messages"), "messages"),
+        example={
+            "messages": [
+                {"role": "user", "content": "2 + 2 ="},
+                {"role": "assistant", "content": "4"},
+            ]
+        },
+    ),
+    "sharegpt": Schema(
+        columns=("conversations",),
+        optional=("system",),
+        read=_sharegpt,
+        example={
+            "conversations": [{"from": "human", "value": "2 + 2 ="}, {"from": "gpt", "value": "4"}]
+        },
+    ),
+    "alpaca": Schema(
+        columns=("instruction", "output"),
+        optional=("input", "system", "history"),
+        read=_alpaca,
+        example={"instruction": "2 + 2 =", "input": "", "output": "4"},
+    ),
+    "prompt_completion": Schema(
+        columns=("prompt",),
+        one_of=("completion", "response"),
+        read=_prompt_completion,
+        example={"prompt": "2 + 2 =", "completion": "4"},
+    ),
+}

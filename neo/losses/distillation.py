@@ -19,7 +19,8 @@ class Distillation:
     """The loss of a run: `(1 - kd_ratio) * ce + kd_ratio * kd`, LLM-Neo's (arXiv:2411.06839).
 
     Args:
-        divergence: A function of `neo.losses.divergences`, or a partial of one, called as
+        divergence: A function of `neo.losses.divergences` or of a file `divergences_NAME.py`
+            beside it, or a partial of one, called as
             `divergence(student_logits, teacher_logits, temperature=temperature)`.
         kd_ratio: Weight of the divergence, in [0, 1]; 0 needs no teacher.
         temperature: Softens both distributions in the divergence, never in the cross-entropy.
@@ -46,9 +47,17 @@ class Distillation:
         else:
             # A partial hides misspelt and impossible keywords until it is called.
             try:
-                self.divergence(torch.zeros(1, 2), torch.zeros(1, 2), temperature=1.0)
+                value = self.divergence(torch.zeros(2, 3), torch.zeros(2, 3), temperature=1.0)
             except (TypeError, ValueError) as error:
                 problems.append(f"loss.divergence: {error}")
+            else:
+                # A mean over tokens would be summed as if it were one token's.
+                if not isinstance(value, Tensor) or value.shape != (2,):
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else value
+                    problems.append(
+                        f"loss.divergence: gives {shape} for two tokens; must be one number a "
+                        "token, of shape (2,)"
+                    )
         if "temperature" in getattr(self.divergence, "keywords", {}):
             problems.append(
                 "loss.divergence.temperature: set loss.temperature, which takes its place"

@@ -14,12 +14,12 @@ $c\,\mathrm{Var}(t - s)$ over equally weighted ids, with a $c$ of its own: at a 
 are one squared error of logits, to which likely and unlikely ids are the same.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from neo.losses.probabilities import kl, log_mixture, log_probabilities
 
 
 def cross_entropy(
@@ -66,8 +66,8 @@ def forward_kl(
         >>> forward_kl(torch.zeros(2, 2), teacher)
         tensor([0.3278, 0.0000])
     """
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _kl(log_p, log_q)
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * kl(log_p, log_q)
 
 
 def reverse_kl(
@@ -89,8 +89,8 @@ def reverse_kl(
         >>> reverse_kl(torch.zeros(2, 2), teacher)
         tensor([0.4338, 0.0000])
     """
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _kl(log_q, log_p)
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * kl(log_q, log_p)
 
 
 def jsd(
@@ -123,9 +123,9 @@ def jsd(
         raise ValueError(
             f"beta={beta}: must lie in (0, 1); take forward_kl or reverse_kl instead of an end"
         )
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    log_m = _log_mixture(log_q, log_p, beta)
-    return temperature**2 * (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m))
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
+    log_m = log_mixture(log_q, log_p, beta)
+    return temperature**2 * (beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m))
 
 
 def skew_forward_kl(
@@ -150,8 +150,8 @@ def skew_forward_kl(
         tensor([2.3026])
     """
     _check_skew(skew)
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _kl(log_p, _log_mixture(log_q, log_p, skew))
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * kl(log_p, log_mixture(log_q, log_p, skew))
 
 
 def skew_reverse_kl(
@@ -176,8 +176,8 @@ def skew_reverse_kl(
         tensor([2.3026])
     """
     _check_skew(skew)
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * _kl(log_q, _log_mixture(log_p, log_q, skew))
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * kl(log_q, log_mixture(log_p, log_q, skew))
 
 
 def adaptive_kl(
@@ -203,12 +203,12 @@ def adaptive_kl(
         >>> adaptive_kl(torch.zeros(2, 2), teacher)
         tensor([0.3808, 0.0000])
     """
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
     head, tail = adaptive_weights(log_p.exp(), log_q.exp(), head_mass)
     # A weight of 0 must hide an infinite value, which a product with 0 would turn into NaN. The
     # weight of reverse KL is never 0 where that is infinite.
-    forward = _kl(log_p, log_q).masked_fill(head == 0, 0.0)
-    return temperature**2 * (head * forward + tail * _kl(log_q, log_p))
+    forward = kl(log_p, log_q).masked_fill(head == 0, 0.0)
+    return temperature**2 * (head * forward + tail * kl(log_q, log_p))
 
 
 def adaptive_weights(
@@ -264,7 +264,7 @@ def total_variation(
         >>> total_variation(torch.zeros(1, 2), torch.tensor([[-99.0, 99.0]]))
         tensor([0.5000])
     """
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_probabilities(student_logits, teacher_logits, temperature)
     return temperature**2 * 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
@@ -274,45 +274,3 @@ def _check_skew(skew: float | int) -> None:
         raise ValueError(
             f"skew={skew}: must lie in [0, 1); 0 is the plain divergence, at 1 it is 0 for everyone"
         )
-
-
-def _log_probabilities(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
-    temperature: float | int,
-) -> tuple[Float[Tensor, "tokens vocab"], Float[Tensor, "tokens vocab"]]:
-    """Log-probabilities of student and teacher at the temperature."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature}: must be a finite number above 0")
-    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    log_q = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-    return log_q, log_p
-
-
-def _log_mixture(
-    log_a: Float[Tensor, "tokens vocab"], log_b: Float[Tensor, "tokens vocab"], weight: float | int
-) -> Float[Tensor, "tokens vocab"]:
-    """Log of `(1 - weight) * a + weight * b`, for a weight in [0, 1)."""
-    if weight == 0:
-        return log_a
-    # The gradient of logaddexp is NaN where both sides are minus infinity.
-    log_a = log_a.clamp_min(torch.finfo(log_a.dtype).min / 2)
-    return torch.logaddexp(log_a + math.log1p(-weight), log_b + math.log(weight))
-
-
-def _kl(
-    log_a: Float[Tensor, "tokens vocab"], log_b: Float[Tensor, "tokens vocab"]
-) -> Float[Tensor, " tokens"]:
-    """KL(a || b) per token in nats, where 0 log 0 is 0 even against minus infinity.
-
-    The sum of b - a, which is 0, is added id by id: no term is negative then, and what rounding did
-    to the two normalisers cancels, which else drowns the difference of models that almost agree.
-    """
-    a, b = log_a.exp(), log_b.exp()
-    # Masked before the product: 0 * inf is NaN, in the value and in the gradient.
-    gap = (log_a - log_b).masked_fill(a == 0, 0.0)
-    near = gap.clamp(-1.0, 1.0)
-    is_near = (gap == near) & (a > 0)
-    return torch.where(is_near, a * (near + torch.expm1(-near)), a * gap - a + b).sum(-1)
