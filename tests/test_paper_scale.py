@@ -38,7 +38,7 @@ def no_network(monkeypatch):
 
 
 def jobs(experiment):
-    """What the sweep of an experiment types, first and last value of each key, as its file has it."""
+    """What the sweep of an experiment types, first and last value of each key."""
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         sweeper = hydra_compose(
