@@ -15,7 +15,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from neo.config import ConfigError
+from neo.config import ConfigError, open_groups
 from neo.results.records import RunRecord, write_record
 from neo.training.apart import BUSY, DONE, FAILED, Outcome, start_server
 from neo.training.command_line import console
@@ -70,7 +70,7 @@ class Sweep(Sweeper):
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        swept = [f"{key}={values}" for key, values in self.params.items()]
+        swept = open_groups([f"{key}={values}" for key, values in self.params.items()])
         overrides = parser.parse_overrides([*swept, *arguments])
         (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         return self.finish(self.run_jobs(jobs))
