@@ -12,7 +12,7 @@ VARIANTS := $(filter-out none lora_r16 qlora,$(patsubst conf/lora/%.yaml,%,$(wil
 NAMES := $(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo variants test test-all check bench bench-plan plan-paper mini-models tables clean
+.PHONY: help setup demo variants cost test test-all check bench bench-plan plan-paper mini-models tables clean
 
 help: ## this list
 	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,16 @@ variants: $(READY) ## the LoRA variants: a rate for each, then five seeds, then 
 	$(SMALL) xargs -P 2 -L 1 $(BIN)/python -m neo.train experiment=variants \
 		trainer.enable_progress_bar=false < experiments/variants_search/chosen.txt || true
 	$(BIN)/python -m neo.report variants runs=runs out=experiments/variants
+
+experiment-%: $(READY) ## train an experiment of the paper at the mini scale, and render it
+	$(SMALL) $(BIN)/python -m neo.train experiment=$* hydra/launcher=parallel
+	$(BIN)/python -m neo.report $* runs=runs
+
+cost: $(READY) ## what the four methods cost: 20 short runs one after another, the plan at the paper's size
+	$(BIN)/python benchmarks/workload.py build/cost
+	MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 $(BIN)/python -m neo.train experiment=cost
+	$(BIN)/python -m neo.plan experiment=cost scale=paper seed=0 offline=true out=experiments/cost/plan.md
+	$(BIN)/python -m neo.report cost runs=runs
 
 test: $(READY) ## the tests, a process for each core
 	$(SMALL) $(BIN)/pytest $(PARALLEL)

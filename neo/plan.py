@@ -1,19 +1,22 @@
 """What runs would take, before anything runs: memory per device, FLOPs and traffic per step.
 
-Usage: python -m neo.plan [group=choice ...] [key=value ...] [offline=true]
+Usage: python -m neo.plan [group=choice ...] [key=value ...] [offline=true] [out=FILE.md]
 
 The arguments are those of neo.train, sweeps (-m, experiment=NAME) too. Weights are not needed, and
 neither are the devices. With `offline=true` no network is, and neither are tokenizers and rows: the
 paper's models are known by their architectures (`neo.models.architectures`), whose names may stand
-as `student.path` and `teacher.path`; all tokens are counted as supervised. Exits with 1 where a run
-does not fit `trainer.device_memory_gib`, with 2 where a config is refused.
+as `student.path` and `teacher.path`; all tokens are counted as supervised. `out` keeps the plans as
+Markdown. Exits with 1 where a run does not fit `trainer.device_memory_gib`, with 2 where a config
+is refused.
 """
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -27,6 +30,7 @@ from hydra_plugins._neo import SWEEPERS
 from neo.config import ConfigError, conf_dir, open_groups, register, resolve, run_id
 from neo.models.architectures import ARCHITECTURES
 from neo.models.start import is_computed
+from neo.results.records import command_line
 from neo.training.command_line import REFUSED, console, explain, leave, quiet
 from neo.training.consistency import check_config
 from neo.training.device_plan import GIB, Plan
@@ -50,6 +54,7 @@ from neo.training.preflight import (
 )
 from neo.training.sweep import Sweep
 
+TEXTS = ("run", "fits", "overrides")  # columns that are read from the left
 LOOKING = "dry_run=true"  # what is planned is not run
 # Of a run in the table of a sweep; other parts of it are in GiB.
 COUNTS = ("M parameters", "M trained", "M teacher")
@@ -89,9 +94,11 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     planned: list[Planned] = []
     try:
-        arguments, offline = split_offline(sys.argv[1:])
+        arguments, file = split_out(sys.argv[1:])
+        arguments, offline = split_offline(arguments)
     except ConfigError as error:
         leave(error, 2)
+    command = shlex.join(command_line(sys.argv))
 
     def job(composed: DictConfig) -> None:
         planned.append(plan(composed, offline=offline))
@@ -111,7 +118,29 @@ def main() -> None:
         finally:
             Sweep.only_plans = False
     if planned:
+        if file is not None:
+            file.write_text(markdown(planned, command), encoding="utf-8")
         sys.exit(show(planned))
+
+
+def split_out(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments of a run, and the Markdown file that the plans are to be written to.
+
+    Raises:
+        ConfigError: There is no folder for it.
+
+    Example:
+        >>> split_out(["seed=1", "out=plan.md"])
+        (['seed=1'], PosixPath('plan.md'))
+    """
+    names = [a.removeprefix("out=") for a in arguments if a.startswith("out=")]
+    kept = [a for a in arguments if not a.startswith("out=")]
+    if not names:
+        return kept, None
+    file = Path(names[-1])
+    if not file.parent.is_dir() or file.is_dir() or file.suffix != ".md":
+        raise ConfigError([f"out={file}: must be a .md file in a folder that is there"])
+    return kept, file
 
 
 def split_offline(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -216,10 +245,34 @@ def _show_one(run: Planned, found: Plan) -> None:
 
 
 def _sweep_table(planned: list[Planned]) -> Table:
-    """One line a run, with what only some of them have of parts and overrides."""
+    """For a terminal."""
+    title, columns, rows = _sweep(planned)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in TEXTS else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(planned: list[Planned], command: str) -> str:
+    """The same for a file, with the command that makes it."""
+    title, columns, rows = _sweep(planned)
+    rule = ["---" if column in TEXTS else "--:" for column in columns]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows)]
+    notes = dict.fromkeys(note for run in planned for note in run.notes)
+    said = "".join(f"- {note}\n" for note in notes)
+    return (
+        f"## The plan of `{title}`\n\n" + "\n".join(lines) + "\n\n"
+        "GiB of one device when it is fullest, by part; counts in millions of parameters.\n\n"
+        f"- Command: `{command}`\n{said}"
+    )
+
+
+def _sweep(planned: list[Planned]) -> tuple[str, list[str], list[list[str]]]:
+    """What all runs share, columns, and a line a run with what only some have."""
     shared = set.intersection(*(set(run.overrides.split()) for run in planned))
     title = " ".join(word for word in planned[0].overrides.split() if word in shared)
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     parts: dict[str, None] = {}
     for run in planned:
         if run.plan is not None:
@@ -227,30 +280,30 @@ def _sweep_table(planned: list[Planned]) -> Table:
                 p for p in parts_of(run.plan) if run.plan.parts.get(p, 0) > LEAST
             )
     columns = ["run", *COUNTS, *parts, "total GiB", "TFLOP a step", "fits", "overrides"]
-    for column in columns:
-        left = column in ("run", "fits", "overrides")
-        table.add_column(column, justify="left" if left else "right")
+    rows = []
     for run in planned:
         own = " ".join(word for word in run.overrides.split() if word not in shared)
         if run.plan is None or run.meeting is None:
             empty = [""] * (len(COUNTS) + len(parts) + 2)
-            table.add_row(run.name, *empty, "refused", own)
+            rows.append([run.name, *empty, "refused", own])
             continue
         counts = (
             run.meeting.num_parameters,
             run.meeting.num_trainable_parameters,
             run.meeting.num_teacher_parameters,
         )
-        table.add_row(
-            run.name,
-            *(short(count / 1e6) if count else "" for count in counts),
-            *(f"{run.plan.parts.get(part, 0) / GIB:.3f}" for part in parts),
-            f"{run.plan.gib:.3f}",
-            short(run.plan.flops_per_step / 1e12),
-            _verdict(run).partition(":")[0],
-            own,
+        rows.append(
+            [
+                run.name,
+                *(short(count / 1e6) if count else "" for count in counts),
+                *(f"{run.plan.parts.get(part, 0) / GIB:.3f}" for part in parts),
+                f"{run.plan.gib:.3f}",
+                short(run.plan.flops_per_step / 1e12),
+                _verdict(run).partition(":")[0],
+                own,
+            ]
         )
-    return table
+    return title, columns, rows
 
 
 def _verdict(run: Planned) -> str:

@@ -10,7 +10,7 @@ from neo.config import ConfigError
 from neo.models.architectures import ARCHITECTURES, Architecture
 from neo.models.causal_lm import CausalLM
 from neo.models.variants import lora
-from neo.plan import plan, show, split_offline
+from neo.plan import plan, show, split_offline, split_out
 from neo.teachers.online import OnlineTeacher
 from neo.training import meet, offline, preflight
 from neo.training.device_plan import Placement
@@ -254,3 +254,29 @@ def _unreached():
     name = "meta-llama/Llama-3.2-1B"
     why = "there is no such folder, and as a model of the hub it cannot be read: no route"
     raise ConfigError([f"student.path={name!r}: {why}"])
+
+
+def test_plans_are_kept_as_a_table_with_the_command_that_makes_them(
+    student_dir, teacher_dir, tmp_path, monkeypatch, capsys
+):
+    words = [f"student.path={student_dir}", f"teacher.path={teacher_dir}", "method=lora,neo",
+             "data.max_length=32", "lora.r=2", "offline=true", f"out={tmp_path / 'plan.md'}"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["neo-plan", "-m", *words])
+    with pytest.raises(SystemExit, match="0"):
+        neo.plan.main()
+    head, rule, *rows = [
+        line for line in (tmp_path / "plan.md").read_text().splitlines() if line[:1] == "|"
+    ]
+    assert head.count("|") == rule.count("|") == rows[0].count("|")
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["method=lora", "method=neo"]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row.split("|")[1].strip() in printed
+    assert "- Command: `neo-plan -m " in (tmp_path / "plan.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["plan.txt", "nowhere/plan.md", "."])
+def test_a_place_that_cannot_hold_the_plans_is_refused_before_them(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"must be a \.md file in a folder that is there"):
+        split_out([f"out={name}"])
