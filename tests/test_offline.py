@@ -259,8 +259,10 @@ def _unreached():
 def test_plans_are_kept_as_a_table_with_the_command_that_makes_them(
     student_dir, teacher_dir, tmp_path, monkeypatch, capsys
 ):
-    words = [f"student.path={student_dir}", f"teacher.path={teacher_dir}", "method=lora,neo",
-             "data.max_length=32", "lora.r=2", "offline=true", f"out={tmp_path / 'plan.md'}"]  # fmt: skip
+    words = [
+        f"student.path={student_dir}", f"teacher.path={teacher_dir}", "method=lora,neo",
+        "data.max_length=32", "lora.r=2", "offline=true", f"out={tmp_path}/plan.md",
+    ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["neo-plan", "-m", *words])
     with pytest.raises(SystemExit, match="0"):
         neo.plan.main()

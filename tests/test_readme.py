@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import shlex
@@ -180,3 +181,13 @@ def test_a_wheel_carries_configs_and_models_and_trains_in_an_empty_folder(tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(empty.glob("runs/smoke/*/adapter/adapter_model.safetensors"))
+
+
+def test_the_tables_of_the_readme_are_those_that_were_rendered():
+    found = re.findall(r"<!-- the table of (\S+) -->\n(.*?)<!-- end -->", TEXT, re.DOTALL)
+    assert found
+    for file, shown in found:
+        table = itertools.takewhile(
+            lambda line: line.startswith("|"), (ROOT / file).read_text().splitlines()[2:]
+        )
+        assert shown.splitlines() == list(table), f"copy the first table of {file} again"
