@@ -12,7 +12,6 @@ from neo.losses.divergences import (
     adaptive_kl,
     adaptive_weights,
     cross_entropy,
-    entropy,
     forward_kl,
     jsd,
     reverse_kl,
@@ -20,6 +19,7 @@ from neo.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
+from neo.losses.probabilities import entropy
 
 DIVERGENCES = {
     "forward_kl": forward_kl,

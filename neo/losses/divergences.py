@@ -35,18 +35,6 @@ def cross_entropy(
     return F.cross_entropy(student_logits.to(dtype), targets, reduction="none")
 
 
-def entropy(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """Entropy of a model's distribution, in nats per token; ids without probability add nothing.
-
-    Example:
-        >>> entropy(torch.zeros(1, 2))
-        tensor([0.6931])
-    """
-    log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    p = log_p.exp()
-    return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
-
-
 def forward_kl(
     student_logits: Float[Tensor, "tokens vocab"],
     teacher_logits: Float[Tensor, "tokens vocab"],

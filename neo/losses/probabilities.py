@@ -1,4 +1,4 @@
-"""What divergences are made of: log-probabilities at a temperature, their mixtures, and their KL.
+"""What divergences are made of: log-probabilities at a temperature, mixtures, entropy, and KL.
 
 All keep their digits where two models almost agree, and stay numbers where one rules ids out.
 """
@@ -9,6 +9,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+
+def entropy(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """Entropy of a model's distribution, in nats per token; ids without probability add nothing.
+
+    Example:
+        >>> entropy(torch.zeros(1, 2))
+        tensor([0.6931])
+    """
+    log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    p = log_p.exp()
+    return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def log_probabilities(

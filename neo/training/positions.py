@@ -14,7 +14,8 @@ from neo.data.packing import Batch, RowReport, collate
 from neo.data.prompt import IGNORE, Example, PromptEncoder
 from neo.data.rows import detect_schema, to_conversation
 from neo.losses.distillation import Distillation
-from neo.losses.divergences import cross_entropy, entropy
+from neo.losses.divergences import cross_entropy
+from neo.losses.probabilities import entropy
 from neo.models.tokenizers import num_token_ids
 from neo.results.position_table import BEHIND, RIGHT, UNKNOWN, WRONG, Positions
 from neo.training.token_loss import outputs_of
