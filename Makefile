@@ -11,6 +11,8 @@ READY := $(VENV)/ready
 VARIANTS := $(filter-out none lora_r16 qlora,$(patsubst conf/lora/%.yaml,%,$(wildcard conf/lora/*.yaml)))
 NAMES := $(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml))
 
+, := ,
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo variants cost test test-all check bench bench-plan plan-paper mini-models tables clean
 
@@ -41,13 +43,15 @@ variants: $(READY) ## the LoRA variants: a rate for each, then five seeds, then 
 
 experiment-%: $(READY) ## train an experiment of the paper at the mini scale, and render it
 	$(SMALL) $(BIN)/python -m neo.train experiment=$* hydra/launcher=parallel
-	$(BIN)/python -m neo.report $* runs=runs
+	$(if $(filter main,$*),$(SMALL) $(BIN)/python -m neo.evaluate run=runs/main tasks=mini_lab models=student$(,)base$(,)teacher)
+	test ! -d runs/$*_search || $(BIN)/python -m neo.report $*_search runs=runs out=experiments/$*_search
+	$(BIN)/python -m neo.report $* runs=runs out=experiments/$*
 
 cost: $(READY) ## what the four methods cost: 20 short runs one after another, the plan at the paper's size
 	$(BIN)/python benchmarks/workload.py build/cost
 	MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 $(BIN)/python -m neo.train experiment=cost
 	$(BIN)/python -m neo.plan experiment=cost scale=paper seed=0 offline=true out=experiments/cost/plan.md
-	$(BIN)/python -m neo.report cost runs=runs
+	$(BIN)/python -m neo.report cost runs=runs out=experiments/cost
 
 test: $(READY) ## the tests, a process for each core
 	$(SMALL) $(BIN)/pytest $(PARALLEL)

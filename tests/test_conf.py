@@ -144,7 +144,7 @@ def test_the_scale_of_the_paper_has_the_settings_of_its_released_code():
     # 10,000 rows that are trained on, and a few more to hold out
     assert config["trainer"]["max_steps"] * 8 == 10_000
     kept = config["data"]["max_rows"] * (1 - config["data"]["val_share"])
-    assert 10_000 < kept < 10_200
+    assert 10_150 < kept < 10_200  # a few may be of no use
     sft = compose("experiment=main", "scale=paper", "method=sft")
     assert sft["optim"]["lr"] == 2e-5
     assert sft["teacher"]["path"] is None

@@ -13,7 +13,7 @@ LLAMA3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-DATED = "{{ strftime_now('%d %b %Y') }}" + LLAMA3  # Llama 3.2's writes the date into each prompt
+DATED = "{{ strftime_now('%d %b %Y') }}" + LLAMA3  # as Llama 3.2's own does
 # no system role, roles must alternate, the answer has a space on either side
 LLAMA2 = (
     "{% for m in messages %}"

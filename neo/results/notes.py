@@ -92,4 +92,22 @@ def origin(table: Table) -> list[str]:
         facts["Runs"] = f"{len(runs)}, started {first} to {last}"
         facts["Device"] = "; ".join(sorted({run.device or "not recorded" for run in runs}))
         facts["Versions"] = ", ".join(sorted(versions))
+        facts["Evaluated"] = "; ".join(_evaluations(table))
     return [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def _evaluations(table: Table) -> list[str]:
+    """Return how the numbers of a harness were taken, each way once, with the rows it was of."""
+    shown = {column.key.split("/")[1] for column in table.spec.columns if "/" in column.key}
+    ways: dict[str, None] = {}
+    for run in table.runs:
+        for entry in run.evaluations:
+            for task, how in entry["tasks"].items():
+                if task in shown:
+                    shots = f", {n} shots" if (n := how.get("num_fewshot")) else ""
+                    limit = entry["settings"].get("limit")
+                    cut = f", limit={limit}" if limit is not None else ""
+                    version = entry["settings"]["harness"]
+                    rows = f"{how['num_rows']:,} rows" if "num_rows" in how else "all rows"
+                    ways[f"{task} by lm-evaluation-harness {version}: {rows}{shots}{cut}"] = None
+    return sorted(ways)

@@ -47,7 +47,7 @@ def write_table(
         "baseline": spell(baseline),
         "interval": "bootstrap",
         "rows": [{"label": spell(c.value), "where": {over: c.value}} for c in chosen],
-        "columns": [*_columns(search["metric"], records), {"config": search["key"]}],
+        "columns": [*_columns(over, search["metric"], records), {"config": search["key"]}],
     }
     text = "# Written by a comparison; changed, it is rendered as it says.\n"
     text += OmegaConf.to_yaml(OmegaConf.create(spec))
@@ -61,12 +61,17 @@ def write_table(
     return markdown
 
 
-def _columns(metric: str, records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """What is compared: exact match where rows were answered, and what was held out."""
+def _columns(over: str, metric: str, records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """What is compared: exact match where rows were answered, and what was held out.
+
+    Between losses the divergence is in units of each, so that its numbers are not compared.
+    """
     measured = {name for run in records for name in run.metrics}
     names = [n for n in ("eval/mini/exact_match", metric, "val/kd", "val/ce") if n in measured]
     compared = [
         {"metric": name, "label": LABELS.get(name, name), "compare": True}
+        if name != "val/kd" or over.split(".")[0] != "loss"
+        else {"metric": name, "label": "val kd, of each loss"}
         for name in dict.fromkeys(names)
     ]
     fields = ("num_trainable_parameters", "num_tokens", "peak_memory_gib", "seconds")
