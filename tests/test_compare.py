@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
+from example_runs import example_run
 from hydra.errors import HydraException
 from sweepers import start
 
 from neo.config import ConfigError
 from neo.results.table_spec import read_table_spec
 from neo.training.compare import Compare
+from neo.training.compare_table import _columns
 from neo.training.sweep import SweepFailed
 
 KEYS = {
@@ -244,3 +246,11 @@ def test_all_that_is_wrong_is_named_at_once():
         compare(keys, "seed=3")
     assert len(refused.value.problems) == 6
     assert json.dumps(refused.value.problems).count("hydra.sweeper") == 6
+
+
+def test_losses_are_not_compared_by_a_divergence_that_each_measures_in_its_own_units():
+    runs = [example_run(metrics={"val/kd": 0.1, "val/ce": 0.2})]
+    for over, compared in (("loss", False), ("loss.temperature", False), ("lora", True)):
+        columns = {c["metric"]: c for c in _columns(over, "val/ce", runs) if "metric" in c}
+        assert columns["val/kd"].get("compare", False) is compared
+        assert columns["val/ce"]["compare"]

@@ -5,7 +5,11 @@ from example_runs import example_run
 
 from neo.results.evaluations import is_untrained, with_evaluation, without_evaluations
 from neo.results.metrics import metric_info, stderr_name
+from neo.results.notes import origin
 from neo.results.records import SCHEMA_VERSION, RunRecord
+from neo.results.row_spec import RowSpec
+from neo.results.table_spec import ColumnSpec, TableSpec
+from neo.results.tables import build_table
 
 RUN = example_run(metrics={"val/ce": 1.0, "eval/mini/exact_match": 0.5})
 
@@ -86,3 +90,26 @@ def test_a_standard_error_has_the_unit_of_its_metric_and_no_better_end(name, uni
     assert (info.printed_unit, info.better) == (unit, better)
     if better:
         assert metric_info(stderr_name(name)).description.startswith("standard error of")
+
+
+def test_a_table_says_how_its_evaluations_were_taken_and_of_how_many_rows():
+    numbers = {"eval/arc/acc": 0.25, "eval/other/acc": 0.25}
+    full, cut = (
+        with_evaluation(
+            replace(RUN, run_id=name, seed=len(settings)),
+            entry("arc", "other", **settings),
+            numbers,
+        )
+        for name, settings in (("a", {"harness": "1.2"}), ("b", {"harness": "1.2", "limit": 10}))
+    )
+    spec = TableSpec(
+        title="t", rows=[RowSpec(label="all", where={"method": [RUN.choices["method"]]})],
+        columns=[ColumnSpec(key="eval/arc/acc", source="metric", label="arc", unit="%",
+                            decimals=1, better="higher", scale=100.0)],
+    )  # fmt: skip
+    (said,) = [line for line in origin(build_table(spec, [full, cut])) if "Evaluated" in line]
+    assert said == (
+        "Evaluated: arc by lm-evaluation-harness 1.2: 10 rows; "
+        "arc by lm-evaluation-harness 1.2: 10 rows, limit=10"
+    )
+    assert not any("Evaluated" in line for line in origin(build_table(spec, [RUN])))

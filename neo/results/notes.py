@@ -107,7 +107,7 @@ def _evaluations(table: Table) -> list[str]:
                     shots = f", {n} shots" if (n := how.get("num_fewshot")) else ""
                     limit = entry["settings"].get("limit")
                     cut = f", limit={limit}" if limit is not None else ""
-                    version = entry["settings"]["harness"]
+                    version = entry["settings"].get("harness", "(version not recorded)")
                     rows = f"{how['num_rows']:,} rows" if "num_rows" in how else "all rows"
                     ways[f"{task} by lm-evaluation-harness {version}: {rows}{shots}{cut}"] = None
     return sorted(ways)
