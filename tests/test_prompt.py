@@ -240,6 +240,11 @@ def test_an_answer_that_merges_with_the_prompt_is_refused():
         encoder.encode(say("q", "t"))
 
 
+def test_a_turn_ends_with_the_id_that_a_student_learns_to_stop_with(style):
+    encoder, end = style
+    assert encoder.tokenizer.decode([encoder.end_of_turn()]).strip() == end.strip()
+
+
 def test_a_missing_or_unknown_template_names_the_shipped_ones():
     assert template_names() == ["chatml", "llama3", "plain"]
     with pytest.raises(ValueError, match=r"data.chat_template=null.*chatml, llama3, plain"):

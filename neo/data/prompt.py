@@ -150,6 +150,13 @@ class PromptEncoder:
         ids, spans = self._tokens(*self._turns(conversation))
         return ids[: spans[-1][0]]
 
+    def end_of_turn(self) -> int:
+        """The id that ends an assistant's turn, which a student learns to stop with."""
+        example = self.encode(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        return next(target for target in reversed(example.targets) if target != IGNORE)
+
     def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         try:
             text = self.tokenizer.apply_chat_template(

@@ -65,7 +65,7 @@ def answer(
     Raises:
         RuntimeError: Memory is too small for one row.
     """
-    given = settings.generation.given()
+    given = {"eos_token_id": _stops(loaded.lm, encoder)} | settings.generation.given()
     longest = int(given.pop("max_gen_toks", MAX_GEN_TOKS))
     lines: list[dict[str, Any]] = []
     asked: dict[int, list[int]] = {}
@@ -103,6 +103,16 @@ def answer(
         if questions[place].reference is not None:
             line["reference"] = questions[place].reference
     return lines
+
+
+def _stops(lm: Any, encoder: PromptEncoder) -> list[int]:
+    """Where an answer ends: as the model says itself, and as the student has learned to.
+
+    A base model's own end is that of a text, which a chat template need not use.
+    """
+    own = lm.model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return [*dict.fromkeys([*own, lm.tokenizer.eos_token_id, encoder.end_of_turn()])]
 
 
 @torch.no_grad()
