@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from lab import tiny_model, tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -61,6 +62,13 @@ def metaspace_tokenizer(template: str | None):
         unk_token="<unk>",
         pad_token="<unk>",
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_job_of_hydra_is_left():
+    """A command that is run in this process leaves Hydra's config behind, as if a job still ran."""
+    yield
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(scope="session")
