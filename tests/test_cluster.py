@@ -56,6 +56,7 @@ def test_two_nodes_started_by_torchrun_train_what_one_process_trains(
     assert_same(trained(tmp_path / "run"), expected)
 
 
+@pytest.mark.slow
 def test_slurm_starts_the_processes_itself(student_dir, teacher_dir, expected, tmp_path):
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()

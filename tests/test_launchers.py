@@ -50,6 +50,7 @@ def wait_until(condition, seconds=300):
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # make demo starts its runs this way, too
 def test_joblib_runs_several_at_once_and_each_once(student_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     arguments = small(student_dir, None, "method=lora", "seed=0,1,2", "hydra/launcher=parallel")
