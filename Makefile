@@ -11,8 +11,6 @@ READY := $(VENV)/ready
 VARIANTS := $(filter-out none lora_r16 qlora,$(patsubst conf/lora/%.yaml,%,$(wildcard conf/lora/*.yaml)))
 NAMES := $(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml))
 
-, := ,
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo variants cost test test-all check bench bench-plan plan-paper mini-models tables clean
 
@@ -43,7 +41,7 @@ variants: $(READY) ## the LoRA variants: a rate for each, then five seeds, then 
 
 experiment-%: $(READY) ## train an experiment of the paper at the mini scale, and render it
 	$(SMALL) $(BIN)/python -m neo.train experiment=$* hydra/launcher=parallel
-	$(if $(filter main,$*),$(SMALL) $(BIN)/python -m neo.evaluate run=runs/main tasks=mini_lab models=student$(,)base$(,)teacher)
+	test $* != main || $(SMALL) $(BIN)/python -m neo.evaluate run=runs/main tasks=mini_lab models=student,base,teacher
 	test ! -d runs/$*_search || $(BIN)/python -m neo.report $*_search runs=runs out=experiments/$*_search
 	$(BIN)/python -m neo.report $* runs=runs out=experiments/$*
 

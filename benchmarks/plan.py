@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from machine import describe_machine
 from paper import write_paper
 from rich.console import Console
 from workload import VOCAB, _rows, _tokenizer, llama_config
 
-from neo.config import SPECS, build, conf_dir, open_groups, register, resolve
-from neo.train import train
+from neo.config import SPECS, build, resolve
+from neo.train import compose, train
 from neo.training.preflight import plan_run, sample_of, workload_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -166,9 +165,7 @@ def _config(folder: Path, run: str, student: str, teacher: str, case: Case) -> A
             llama_config(*SHAPES[shape]).save_pretrained(path)
             _tokenizer().save_pretrained(path)
             overrides += [f"{role}.path={path}", f"{role}.random_init=true"]
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", open_groups(overrides))
+    return compose(*overrides)
 
 
 def _write_rows(file: Path) -> None:

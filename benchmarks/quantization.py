@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from machine import describe_machine
 from peft import PeftModel
 from rich.console import Console
@@ -37,7 +36,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from neo.config import build, conf_dir, open_groups, register, resolve
+from neo.config import build, resolve
 from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
@@ -47,7 +46,7 @@ from neo.models.quantization import KINDS, dequantized
 from neo.models.student import inner
 from neo.models.tokenizers import num_token_ids
 from neo.teachers.online import OnlineTeacher
-from neo.train import train
+from neo.train import compose, train
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.token_loss import batch_sums
 
@@ -148,12 +147,7 @@ def write(report: dict[str, Any], name: str) -> None:
 
 def mini_config(*overrides: str) -> Any:
     """The config of `neo-train experiment=mini` on a CPU."""
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(
-            "config",
-            open_groups(["experiment=mini", "trainer=cpu", "eval_split=null", *overrides]),
-        )
+    return compose("experiment=mini", "trainer=cpu", "eval_split=null", *overrides)
 
 
 def validation() -> tuple[list[Batch], int]:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from machine import describe_machine
 from peft.tuners.lora.layer import LoraLayer
 from rich.console import Console
@@ -34,7 +33,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 from workload import MAX_LENGTH, STUDENT, TEACHER, VOCAB, write_workload
 
-from neo.config import build, conf_dir, open_groups, register, resolve
+from neo.config import build, conf_dir, resolve
 from neo.data.packing import Batch, RowReport, collate, pack
 from neo.data.prompt import PromptEncoder
 from neo.models.causal_lm import CausalLM
@@ -42,6 +41,7 @@ from neo.models.hidden import hidden_states
 from neo.models.student import inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
+from neo.train import compose
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.module import NeoModule
 
@@ -176,10 +176,7 @@ class Side:
 
 def composed(name: str) -> dict[str, Any]:
     """The config of `neo-train lora=NAME` on a CPU, at the benchmark's rank."""
-    register()
-    overrides = open_groups([f"lora={name}", f"lora.r={R}", "trainer=cpu"])
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return resolve(compose("config", overrides=overrides))
+    return resolve(compose(f"lora={name}", f"lora.r={R}", "trainer=cpu"))
 
 
 def alternate(sides: dict[str, Side], rows: Rows, rounds: int) -> dict[str, dict[str, list[float]]]:

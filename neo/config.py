@@ -155,7 +155,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def run_id(config: Mapping[str, Any]) -> str:
-    """Eight hex digits that name a config, whatever device it runs on; `distinct` names keys of it.
+    """Eight hex digits that name a config wherever it ran, but for the keys that `distinct` names.
 
     Example:
         >>> run_id({"seed": 0, "logger": "wandb"}) == run_id({"seed": 0, "logger": "csv"})

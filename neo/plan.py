@@ -133,8 +133,7 @@ def split_out(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         >>> split_out(["seed=1", "out=plan.md"])
         (['seed=1'], PosixPath('plan.md'))
     """
-    names = [a.removeprefix("out=") for a in arguments if a.startswith("out=")]
-    kept = [a for a in arguments if not a.startswith("out=")]
+    kept, names = _take(arguments, "out")
     if not names:
         return kept, None
     file = Path(names[-1])
@@ -153,12 +152,18 @@ def split_offline(arguments: Sequence[str]) -> tuple[list[str], bool]:
         >>> split_offline(["seed=1", "offline=true"])
         (['seed=1'], True)
     """
-    values = [a.removeprefix("offline=") for a in arguments if a.startswith("offline=")]
+    kept, values = _take(arguments, "offline")
     for value in values:
         if value.lower() not in ("true", "false"):
             raise ConfigError([f"offline={value}: must be true or false"])
     offline = bool(values) and values[-1].lower() == "true"
-    return [a for a in arguments if not a.startswith("offline=")], offline
+    return kept, offline
+
+
+def _take(arguments: Sequence[str], key: str) -> tuple[list[str], list[str]]:
+    """The arguments without a key of the plan's own, and the values that it was given."""
+    kept = [a for a in arguments if not a.startswith(f"{key}=")]
+    return kept, [a.partition("=")[2] for a in arguments if a.startswith(f"{key}=")]
 
 
 def plan(composed: DictConfig, *, offline: bool = False) -> Planned:

@@ -1,4 +1,5 @@
 import json
+import socket
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -62,6 +63,18 @@ def metaspace_tokenizer(template: str | None):
         unk_token="<unk>",
         pad_token="<unk>",
     )
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """The hub, and whatever else, cannot be asked."""
+
+    def connect(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.setattr(socket, "create_connection", connect)
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -17,7 +15,8 @@ from transformers import (
     Qwen2Config,
 )  # fmt: skip
 
-from neo.config import conf_dir, open_groups, register, resolve
+from neo import train
+from neo.config import resolve
 from neo.data.mini_tokenizer import build_tokenizer
 from neo.models.calibration import Calibration, CalibrationBatch
 
@@ -118,6 +117,4 @@ def compose(*overrides: str) -> dict[str, Any]:
 
 def compose_raw(*overrides: str) -> Any:
     """The config of a command line before interpolations are resolved."""
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose("config", open_groups(list(overrides)))
+    return train.compose(*overrides)

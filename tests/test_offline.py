@@ -1,5 +1,4 @@
 import re
-import socket
 import sys
 
 import pytest
@@ -23,14 +22,7 @@ ALONE = ("student=llama3_2_1b", "method=lora", "data=infinity_instruct", "traine
          "trainer.max_steps=10", "data.max_length=32")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def connect(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(socket, "getaddrinfo", connect)
-    monkeypatch.setattr(socket, "create_connection", connect)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def planned(*words):

@@ -1,6 +1,5 @@
 """The paper's experiments at the paper's scale: every run composes, and its models are built."""
 
-import socket
 import subprocess
 import sys
 
@@ -28,13 +27,7 @@ PAIRS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def connect(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(socket, "getaddrinfo", connect)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def jobs(experiment):
@@ -50,7 +43,7 @@ def jobs(experiment):
     return [
         [f"{key}={value}"]
         for key, values in swept.items()
-        for value in {values[0]: 0, values[-1]: 0}
+        for value in dict.fromkeys((values[0], values[-1]))
     ] or [[]]
 
 

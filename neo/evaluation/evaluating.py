@@ -1,6 +1,7 @@
 """An evaluation: everything is checked and every row at hand before a model is loaded."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -180,7 +181,7 @@ class Evaluation:
                 candidate,
                 {
                     "started_at": now,
-                    "argv": _argv(),
+                    "argv": command_line(sys.argv),
                     "num_parameters": loaded.lm.model.num_parameters(),
                     **origin,
                 },
@@ -250,9 +251,3 @@ class Evaluation:
         tokenizer.chat_template = read_template(tokenizer, template)
         tokenizer.save_pretrained(folder)
         return folder
-
-
-def _argv() -> list[str]:
-    import sys
-
-    return command_line(sys.argv)

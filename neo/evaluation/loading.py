@@ -1,6 +1,5 @@
 """Models as the harness loads them, on one device, at a batch size that may be made smaller."""
 
-import dataclasses
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
-from peft import PeftModel
 
 from neo.evaluation.candidates import Candidate
 from neo.evaluation.settings import Settings
+from neo.models.trained import with_adapter
 
 # What of the free memory a first guess may take: the rest is for what it does not count.
 SHARE = 0.5
@@ -201,12 +200,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _quantised(candidate: Candidate, settings: Settings) -> Any:
-    spec = candidate.spec
+    plain = replace(candidate.spec, activation_checkpointing=False)
     if settings.dtype != "auto":
-        spec = replace(spec, dtype=settings.dtype)
-    plain = dataclasses.replace(spec, activation_checkpointing=False)
+        plain = replace(plain, dtype=settings.dtype)
     device = torch.device(settings.device)
     model: Any = plain.load(device, trained=False).to(device)
     if candidate.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(candidate.adapter))
+        model = with_adapter(model, candidate.adapter)
     return model.eval()

@@ -68,14 +68,14 @@ def _columns(over: str, metric: str, records: Sequence[RunRecord]) -> list[dict[
     """
     measured = {name for run in records for name in run.metrics}
     names = [n for n in ("eval/mini/exact_match", metric, "val/kd", "val/ce") if n in measured]
-    compared = [
-        {"metric": name, "label": LABELS.get(name, name), "compare": True}
-        if name != "val/kd" or over.split(".")[0] != "loss"
-        else {"metric": name, "label": "val kd, of each loss"}
+    own_units = {"val/kd": "val kd, of each loss"} if over.split(".")[0] == "loss" else {}
+    measures: list[dict[str, Any]] = [
+        {"metric": name, "label": own_units.get(name, LABELS.get(name, name))}
+        | ({} if name in own_units else {"compare": True})
         for name in dict.fromkeys(names)
     ]
     fields = ("num_trainable_parameters", "num_tokens", "peak_memory_gib", "seconds")
-    return compared + [{"field": name, "label": LABELS[name]} for name in fields]
+    return measures + [{"field": name, "label": LABELS[name]} for name in fields]
 
 
 def _note(
