@@ -160,7 +160,7 @@ def test_a_wrong_variant_in_the_folder_is_found_and_seen(student_dir, tmp_path, 
     wrong = "# B begins at random.\ndefaults: [lora, _self_]\ninit_lora_weights: false\n"
     (folder / "lora" / "wrong.yaml").write_text(wrong)
     assert {file.stem for file in variant_files(folder)} == {*NAMES, "wrong"}
-    monkeypatch.setattr("lab.conf_dir", lambda: folder)
+    monkeypatch.setattr("neo.train.conf_dir", lambda: folder)
     test_composing_it_builds_a_variant("wrong")
     base = logits(CausalLM(path=str(student_dir)).load(CPU, trained=False))
     with pytest.raises(AssertionError, match="not close"):
