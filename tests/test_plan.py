@@ -12,7 +12,7 @@ from lab import ROWS, compose, compose_raw, tiny_model, write_rows
 
 import neo.plan
 from neo.config import SPECS, ConfigError, build, run_id
-from neo.data.datamodule import peek
+from neo.data.peek import peek
 from neo.models.causal_lm import CausalLM
 from neo.models.student import inner
 from neo.plan import plan, show

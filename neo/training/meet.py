@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from neo.config import SPECS, ConfigError, build
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
 from neo.data.files import MalformedFile
 from neo.data.loader import TooManyBadRows
+from neo.data.peek import peek
 from neo.models.causal_lm import CausalLM
 from neo.models.head import head_of
 from neo.models.student import build_meta_student, inner, trained_parameters

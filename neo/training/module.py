@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from neo.data.datamodule import first_batches
 from neo.data.packing import Batch
+from neo.data.peek import first_batches
 from neo.losses.distillation import Distillation, TokenSums
 from neo.models.calibration import Calibration
 from neo.models.causal_lm import CausalLM

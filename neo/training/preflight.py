@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from neo.config import ConfigError
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
+from neo.data.peek import peek
 from neo.losses.fused import CHUNK_GIB
 from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
 from neo.training.meet import CannotRun, Meeting, meet, meet_all, meet_architectures

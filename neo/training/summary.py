@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
+from neo.data.peek import peek
 from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
