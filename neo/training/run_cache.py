@@ -1,0 +1,222 @@
+"""Which cache a run reads its teacher's targets from, and whether the teacher must run as well."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from neo.config import ConfigError
+from neo.data.datamodule import DataModule
+from neo.data.rows import BadRow
+from neo.losses.head import Head
+from neo.models.head_weights import read_head
+from neo.teachers.cached import CachedTeacher
+from neo.teachers.durable import CacheError
+from neo.teachers.fields import Shapes
+from neo.teachers.identity import differences, name_of
+from neo.teachers.manifest import UNFINISHED
+from neo.teachers.online import OnlineTeacher
+from neo.teachers.store import CacheFolder
+from neo.teachers.stored import Stored
+from neo.training.cache_identity import cache_identity, cached_identity
+from neo.training.cache_models import Heads, heads_of
+from neo.training.meet import Meeting
+
+# So many rows that a cache lacks are looked at: a bad row is in none, and no batch asks for it.
+MAX_LOOKED_AT = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCache:
+    """A cache as one run uses it.
+
+    Args:
+        path: Of its folder.
+        folder: Opened; None where nothing is there yet.
+        stored: What is kept.
+        shapes: Of the models.
+        identity: What it is made of.
+        grows: The run stores what it lacks.
+        num_lacking: Rows of the run that it lacks; None where that is not known.
+        source: The teacher whose head hidden states need, and which computes what is lacking.
+    """
+
+    path: Path
+    folder: CacheFolder | None
+    stored: Stored
+    shapes: Shapes
+    identity: Mapping[str, Any]
+    grows: bool
+    num_lacking: int | None
+    source: OnlineTeacher | None
+
+    @property
+    def name(self) -> str:
+        """By which runs find it."""
+        return name_of(self.identity)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run must have the teacher beside it."""
+        return self.num_lacking != 0
+
+    def describe(self) -> str:
+        """One line for whoever starts the run."""
+        kind = self.stored.kind if self.stored.values is None else (
+            f"{self.stored.kind}, {self.stored.values}"
+        )
+        head = f"cache {self.path} ({kind})"
+        if self.folder is None:
+            return f"{head}: is begun by this run, which stores what it computes"
+        if self.num_lacking == 0:
+            return f"{head}: holds every row of this run; no teacher is loaded"
+        lacking = "an unknown number of" if self.num_lacking is None else f"{self.num_lacking:,}"
+        return f"{head}: {len(self.folder):,} rows; this run computes and stores {lacking} rows"
+
+
+def find_cache(
+    config: Mapping[str, Any], specs: Mapping[str, Any], meeting: Meeting, data: DataModule
+) -> tuple[RunCache | None, str | None]:
+    """The cache of a run, and what is to be said where it asks for one and has none.
+
+    Args:
+        config: Of the run.
+        specs: What it says.
+        meeting: Of its models.
+        data: Its rows, opened.
+
+    Raises:
+        ConfigError: The cache is damaged, is another one, lacks rows, or does not give the loss.
+    """
+    teacher = specs["teacher"]
+    if isinstance(teacher, CachedTeacher):
+        return _given_cache(config, specs, meeting, data), None
+    if teacher is None or teacher.cache is None:
+        return None, None
+    heads = heads_of(specs["student"], specs["lora"], teacher)
+    stored = teacher.stored(specs["loss"], head_changes=heads.changes, softcap=heads.softcap)
+    _check_loss(stored, specs, heads, "teacher.kind")
+    head = _student_head(config, specs) if stored.kind == "projected" else None
+    stored = _decided(stored, config, specs)
+    shapes = heads.shapes(stored.kind, meeting.vocab)
+    identity = cache_identity(config, specs, data, stored, meeting.vocab, head)
+    path = Path(teacher.cache) / name_of(identity)
+    if (path / UNFINISHED).exists():
+        return None, f"{path} is not finished (neo.cache writes it): this run computes online"
+    folder, lacking = None, data_rows(data)
+    if path.is_dir():
+        folder = _opened(path)
+        if lacking is not None:
+            lacking = len(_lacking(folder, data))
+    return RunCache(
+        path=path, folder=folder, stored=stored, shapes=shapes, identity=identity, grows=True,
+        num_lacking=lacking, source=teacher,
+    ), None  # fmt: skip
+
+
+def _given_cache(
+    config: Mapping[str, Any], specs: Mapping[str, Any], meeting: Meeting, data: DataModule
+) -> RunCache:
+    """The cache that a run names."""
+    teacher: CachedTeacher = specs["teacher"]
+    folder = _opened(Path(teacher.path))
+    manifest, where = folder.manifest, f"teacher.path={teacher.path!r}"
+    source = teacher.teacher()
+    heads = heads_of(specs["student"], specs["lora"], None)
+    _check_loss(manifest.stored, specs, heads, where)
+    head = _student_head(config, specs) if manifest.stored.kind == "projected" else None
+    of_run = cached_identity(manifest.identity, data, meeting.vocab, head)
+    if teacher.of is not None:
+        wanted = {"path": teacher.of, **OnlineTeacher(path=teacher.of).identity()}
+        of_run["teacher"] = dict(manifest.identity["teacher"]) | wanted
+    if differing := differences(manifest.identity, of_run):
+        raise ConfigError(
+            [f"{where}: was made for other runs. What differs:", *(f"  {d}" for d in differing)]
+        )
+    _check_rows(folder, data, where)
+    return RunCache(
+        path=folder.path, folder=folder, stored=manifest.stored, shapes=manifest.shapes,
+        identity=manifest.identity, grows=False, num_lacking=0, source=source,
+    )  # fmt: skip
+
+
+def _opened(path: Path) -> CacheFolder:
+    try:
+        return CacheFolder.open(path)
+    except CacheError as error:
+        raise ConfigError(str(error).splitlines()) from error
+
+
+def _check_loss(stored: Stored, specs: Mapping[str, Any], heads: Heads, where: str) -> None:
+    refused = stored.given_refusals(
+        specs["loss"], head_changes=heads.changes, softcap=heads.softcap
+    )
+    if refused:
+        raise ConfigError([f"{where}: {reason}" for reason in refused])
+
+
+def _student_head(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Head:
+    """The frozen head, read from the student's files."""
+    student, trained = specs["student"], specs["lora"].adapter is None
+    head = read_head(student, torch.device("cpu"), trained=trained, seed=config["seed"])
+    return Head(
+        weight=head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    )
+
+
+def data_rows(data: DataModule) -> int | None:
+    """Rows to train on and to validate on; None where the former are a stream."""
+    return None if data.num_rows is None else data.num_rows + data.num_val_rows
+
+
+def _lacking(folder: CacheFolder, data: DataModule) -> list[str]:
+    """Rows of the run's tables that the cache lacks and that can be trained on, as they are called.
+
+    Where many are lacking only the first are looked at, and the others are taken for good ones.
+    """
+    names = []
+    for part, stream in data.streams().items():
+        if stream.indices is None:
+            continue
+        missing = folder.missing(part, np.asarray(stream.indices))
+        called = "row" if part == 0 else "validation row"
+        for number, row_id in enumerate(missing.tolist()):
+            if number < MAX_LOOKED_AT:
+                try:
+                    stream.encoded.encode(row_id, stream.rows[row_id])  # type: ignore[index]
+                except BadRow:
+                    continue
+            names.append(f"{called} {row_id}")
+    return names
+
+
+def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
+    """Raise where a run needs rows that the cache lacks."""
+    if lacking := _lacking(folder, data):
+        raise ConfigError(
+            [
+                f"{where}: lacks {len(lacking):,} rows of this run, such as {lacking[0]} "
+                "(data.max_rows, data.val_share and seed choose rows); write a cache with this "
+                "run's data, or use teacher=auto, which stores what is lacking"
+            ]
+        )
+    if data.num_rows is None:
+        held = folder.manifest.counts.get("read", 0) if folder.manifest.finished else 0
+        asked = data.data.max_rows
+        if asked is None or asked > held:
+            raise ConfigError(
+                [
+                    f"data.max_rows={asked}: the cache at {folder.path} holds the first {held:,} "
+                    "rows of the stream; use at most as many"
+                ]
+            )
+
+
+def _decided(stored: Stored, config: Mapping[str, Any], specs: Mapping[str, Any]) -> Stored:
+    """With the dtype of hidden states, where they stay as the teacher gives them."""
+    from neo.training.cache_identity import hidden_dtype, spelt_dtype
+
+    return stored.resolved(spelt_dtype(hidden_dtype(specs["teacher"], config["trainer"])))
