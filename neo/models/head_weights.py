@@ -17,8 +17,8 @@ from neo.models.head import OutputHead, head_of
 def read_head(spec: CausalLM, device: torch.device, *, trained: bool, seed: int = 0) -> OutputHead:
     """The head that `spec.load` would give, frozen, on the CPU.
 
-    Of the model's files the head's tensors alone are read. Where its weights are drawn, or lie under
-    other names than the model's, all of it is loaded.
+    Of the model's files the head's tensors alone are read. Where its weights are drawn, or are
+    stored under other names than the model's, all of it is loaded.
 
     Args:
         spec: Of the model.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from neo.data.ahead import Prepare
 from neo.data.packing import Batch
@@ -18,6 +19,7 @@ from neo.data.prompt import IGNORE
 from neo.data.segments import Segment, rows_alone, segments
 from neo.losses.given import Given, HiddenStates
 from neo.losses.head import Head
+from neo.models.head import head_of
 from neo.teachers.durable import CacheError
 from neo.teachers.manifest import begin
 from neo.teachers.measure import measured
@@ -26,9 +28,7 @@ from neo.teachers.shards import GROWING, PARTS, GrowingShard, RowKey, StoredRow
 from neo.teachers.store import CacheFolder
 from neo.teachers.unpack import given_of, unpacked
 from neo.training.run_cache import RunCache
-
-# What a teacher gives for the supervised tokens of a batch.
-Compute = Callable[[Batch], HiddenStates]
+from neo.training.token_loss import factors_of, given_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,39 +105,47 @@ class CachedTargets:
     def given(
         self,
         batch: Batch,
-        compute: Compute | None,
-        student_head: Callable[[], Head],
+        teacher: PreTrainedModel | None,
+        student: PreTrainedModel,
         *,
         part: int = 0,
-        together: Callable[[bool], bool] | None = None,
+        reduce: Callable[..., Any] | None = None,
     ) -> Given:
         """What the teacher gives for the supervised tokens of a batch.
 
         Args:
             batch: On the device.
-            compute: Runs the teacher; None where it is not there.
-            student_head: The frozen one.
+            teacher: Runs over rows that are lacking; None where it is not loaded.
+            student: Whose frozen head the teacher is projected on.
             part: Of a batch that was not looked up ahead.
-            together: Where the teacher is split over processes: whether any of them must run it.
-                All call this then, whatever their own batch lacks.
+            reduce: Adds up over all processes, where these hold the teacher together. All of them
+                run it then if one must.
 
         Raises:
             CacheError: As `look_up`; or there is no room for what is to be stored.
         """
         taught: Taught | None = batch.taught
         if taught is None:
-            there = batch.targets.device
-            taught = self.look_up(batch.to("cpu"), part).taught.to(there)
+            ahead = self.look_up(batch.to("cpu"), part)
+            taught = ahead.taught.to(batch.targets.device)
         assert taught is not None
         lacks = taught.tensors is None
-        if together is not None:
-            if together(lacks) and not lacks:
-                assert compute is not None
-                compute(_nothing(batch))
-        if lacks:
-            if compute is None:
-                raise self._lacking(taught)
-            taught = self._complete(taught, batch, compute, student_head, wait=together is None)
+        together = reduce is not None
+        if lacks and teacher is None:
+            raise self._lacking(taught)
+        any_lacks = lacks
+        if reduce is not None:
+            number = torch.tensor(int(lacks), device=batch.targets.device)
+            any_lacks = bool(reduce(number, reduce_op="sum"))
+        if any_lacks:
+            assert teacher is not None
+            head = None
+            if self.cache.stored.kind == "projected":  # gathered from all, where it is split
+                head = factors_of(head_of(student))
+            if lacks:
+                taught = self._complete(taught, batch, teacher, head, wait=not together)
+            else:
+                _run(teacher, _nothing(batch))
         assert taught.tensors is not None
         self.num_read += len(taught.found)
         return given_of(taught.tensors, self.cache.stored, head=self._head(batch))
@@ -155,12 +163,11 @@ class CachedTargets:
         Args:
             seconds: That the run took.
         """
-        found = {
+        return {
             "cache/rows_read": float(self.num_read - self.num_computed),
             "cache/rows_computed": float(self.num_computed),
             "cache/wait_share": self.waited_s / seconds if seconds else 0.0,
         }
-        return found
 
     def _read(self, part: int, segment: Segment) -> StoredRow | None:
         if self.folder is None:
@@ -193,8 +200,8 @@ class CachedTargets:
         self,
         taught: Taught,
         batch: Batch,
-        compute: Compute,
-        student_head: Callable[[], Head],
+        teacher: PreTrainedModel,
+        student_head: Head | None,
         *,
         wait: bool,
     ) -> Taught:
@@ -211,8 +218,10 @@ class CachedTargets:
                 if rows[place] is None:
                     rows[place] = self._read(taught.part, segment)
             places = [place for place, row in enumerate(rows) if row is None]
-            if places or not wait:
-                self._compute(taught, places, rows, batch, compute, student_head, set(mine))
+            if places:
+                self._compute(taught, places, rows, batch, teacher, student_head, set(mine))
+            elif not wait:  # the others are at it
+                _run(teacher, _nothing(batch))
         return self._whole(replace(taught, rows=rows)).to(batch.targets.device)
 
     def _compute(
@@ -221,26 +230,24 @@ class CachedTargets:
         places: Sequence[int],
         rows: list[StoredRow | None],
         batch: Batch,
-        compute: Compute,
-        student_head: Callable[[], Head],
+        teacher: PreTrainedModel,
+        student_head: Head | None,
         mine: set[RowKey],
     ) -> None:
         """Runs the teacher over the rows that are lacking, and stores those that are this one's."""
-        if not places:
-            compute(_nothing(batch))
-            return
         chosen = [taught.found[place] for place in places]
         alone = replace(batch, taught=None)
         if len(chosen) < len(taught.found):  # the others were paid for
             alone = rows_alone(taught.batch, chosen, self.pad_id).to(batch.targets.device)
-        given = compute(alone)
+        given = _run(teacher, alone)
         stored, shapes = self.cache.stored, self.cache.shapes
-        head = student_head() if stored.kind == "projected" else None
         keys = [(RowKey(taught.part, each.row_id), each.num_tokens) for each in chosen]
         targets = alone.targets[alone.targets != IGNORE]
-        blobs = measured(given, targets, stored, shapes, keys, head)
+        blobs = measured(given, targets, stored, shapes, keys, student_head)
         self.num_computed += len(chosen)
-        for place, segment, (key, num_tokens), blob in zip(places, chosen, keys, blobs, strict=True):
+        for place, segment, (key, num_tokens), blob in zip(
+            places, chosen, keys, blobs, strict=True
+        ):
             if key in mine:
                 assert self._shard is not None
                 self._shard.add(key, num_tokens, segment.content, blob)
@@ -267,17 +274,22 @@ class CachedTargets:
         if self.cache.stored.kind != "hidden":
             return None
         if self._teacher_head is None:
-            self._teacher_head = teacher_head(self.cache)
-        if self._teacher_head.weight.device != batch.targets.device:
-            self._teacher_head = self._teacher_head.on(batch.targets.device)
+            self._teacher_head = self.cache.teacher_head(batch.targets.device)
         return self._teacher_head
 
     def _lacking(self, taught: Taught) -> CacheError:
-        lacking = [s.row_id for s, row in zip(taught.found, taught.rows, strict=True) if row is None]
+        lacking = [
+            s.row_id for s, row in zip(taught.found, taught.rows, strict=True) if row is None
+        ]
         return CacheError(
             f"{self.cache.path}: lacks {len(lacking)} rows of a batch, such as "
             f"{PARTS[taught.part]} {lacking[0]}; use teacher=auto, or write a cache that has them"
         )
+
+
+def _run(teacher: PreTrainedModel, batch: Batch) -> HiddenStates:
+    """What the teacher gives for the supervised tokens of a batch."""
+    return given_by(teacher, batch, batch.targets != IGNORE)
 
 
 def _nothing(batch: Batch) -> Batch:

@@ -21,9 +21,13 @@ from neo.teachers.manifest import UNFINISHED
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.store import CacheFolder
 from neo.teachers.stored import Stored
-from neo.training.cache_identity import cache_identity, cached_identity
+from neo.training.cache_identity import (
+    cache_identity,
+    cached_identity,
+    hidden_dtype,
+    spelt_dtype,
+)
 from neo.training.cache_models import Heads, heads_of
-from neo.training.meet import Meeting
 
 # So many rows that a cache lacks are looked at: a bad row is in none, and no batch asks for it.
 MAX_LOOKED_AT = 1000
@@ -63,10 +67,25 @@ class RunCache:
         """Whether the run must have the teacher beside it."""
         return self.num_lacking != 0
 
+    def model_record(self) -> dict[str, str]:
+        """What a run's record says of its teacher."""
+        known = {key: str(value) for key, value in self.identity["teacher"].items()}
+        return {**known, "cache": self.name}
+
+    def teacher_head(self, device: torch.device) -> Head:
+        """The teacher's, of kind hidden: it lies beside the rows, or with the teacher."""
+        if self.folder is not None and HEAD in self.folder.manifest.files:
+            return read_head_file(self.folder.beside(HEAD)).to_device(device)
+        assert self.source is not None
+        head = factors_of(read_head(self.source, device, trained=False))
+        return head
+
     def describe(self) -> str:
         """One line for whoever starts the run."""
-        kind = self.stored.kind if self.stored.values is None else (
-            f"{self.stored.kind}, {self.stored.values}"
+        kind = (
+            self.stored.kind
+            if self.stored.values is None
+            else (f"{self.stored.kind}, {self.stored.values}")
         )
         head = f"cache {self.path} ({kind})"
         if self.folder is None:
@@ -77,48 +96,60 @@ class RunCache:
         return f"{head}: {len(self.folder):,} rows; this run computes and stores {lacking} rows"
 
 
-def find_cache(
-    config: Mapping[str, Any], specs: Mapping[str, Any], meeting: Meeting, data: DataModule
-) -> tuple[RunCache | None, str | None]:
-    """The cache of a run, and what is to be said where it asks for one and has none.
+def find_teaching(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
+) -> dict[str, Any]:
+    """The run's specs with the teacher that is loaded, if any, and the cache, if there is one.
+
+    `cache_note` says what a run that asked for a cache does without one.
 
     Args:
         config: Of the run.
         specs: What it says.
-        meeting: Of its models.
+        vocab: Ids that its models share.
         data: Its rows, opened.
 
     Raises:
         ConfigError: The cache is damaged, is another one, lacks rows, or does not give the loss.
     """
-    teacher = specs["teacher"]
+    teacher, cache, note = specs["teacher"], None, None
     if isinstance(teacher, CachedTeacher):
-        return _given_cache(config, specs, meeting, data), None
-    if teacher is None or teacher.cache is None:
-        return None, None
+        cache = _given_cache(config, specs, vocab, data)
+    elif teacher is not None and teacher.cache is not None:
+        cache = _own_cache(config, specs, vocab, data)
+        if cache is None:
+            note = "its cache is not finished, neo.cache writes it: this run computes online"
+    loaded = None if cache is not None and not cache.needs_teacher else teacher
+    return {**specs, "teacher": loaded, "cache": cache, "cache_note": note}
+
+
+def _own_cache(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
+) -> RunCache | None:
+    """The cache that the run's teacher has or will have; None where it is not finished."""
+    teacher: OnlineTeacher = specs["teacher"]
+    assert teacher.cache is not None
     heads = heads_of(specs["student"], specs["lora"], teacher)
     stored = teacher.stored(specs["loss"], head_changes=heads.changes, softcap=heads.softcap)
+    stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
     _check_loss(stored, specs, heads, "teacher.kind")
     head = _student_head(config, specs) if stored.kind == "projected" else None
-    stored = _decided(stored, config, specs)
-    shapes = heads.shapes(stored.kind, meeting.vocab)
-    identity = cache_identity(config, specs, data, stored, meeting.vocab, head)
+    identity = cache_identity(config, specs, data, stored, vocab, head)
     path = Path(teacher.cache) / name_of(identity)
     if (path / UNFINISHED).exists():
-        return None, f"{path} is not finished (neo.cache writes it): this run computes online"
-    folder, lacking = None, data_rows(data)
-    if path.is_dir():
-        folder = _opened(path)
-        if lacking is not None:
-            lacking = len(_lacking(folder, data))
+        return None
+    folder = _opened(path) if path.is_dir() else None
+    lacking = data_rows(data)
+    if folder is not None and lacking is not None:
+        lacking = len(_lacking(folder, data))
     return RunCache(
-        path=path, folder=folder, stored=stored, shapes=shapes, identity=identity, grows=True,
-        num_lacking=lacking, source=teacher,
-    ), None  # fmt: skip
+        path=path, folder=folder, stored=stored, shapes=heads.shapes(stored.kind, vocab),
+        identity=identity, grows=True, num_lacking=lacking, source=teacher,
+    )  # fmt: skip
 
 
 def _given_cache(
-    config: Mapping[str, Any], specs: Mapping[str, Any], meeting: Meeting, data: DataModule
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
 ) -> RunCache:
     """The cache that a run names."""
     teacher: CachedTeacher = specs["teacher"]
@@ -128,7 +159,7 @@ def _given_cache(
     heads = heads_of(specs["student"], specs["lora"], None)
     _check_loss(manifest.stored, specs, heads, where)
     head = _student_head(config, specs) if manifest.stored.kind == "projected" else None
-    of_run = cached_identity(manifest.identity, data, meeting.vocab, head)
+    of_run = cached_identity(manifest.identity, data, vocab, head)
     if teacher.of is not None:
         wanted = {"path": teacher.of, **OnlineTeacher(path=teacher.of).identity()}
         of_run["teacher"] = dict(manifest.identity["teacher"]) | wanted
@@ -178,8 +209,8 @@ def _lacking(folder: CacheFolder, data: DataModule) -> list[str]:
     Where many are lacking only the first are looked at, and the others are taken for good ones.
     """
     names = []
-    for part, stream in data.streams().items():
-        if stream.indices is None:
+    for part, stream in ((0, data.train_stream()), (data.val_part, data.val_stream())):
+        if stream is None or stream.indices is None:
             continue
         missing = folder.missing(part, np.asarray(stream.indices))
         called = "row" if part == 0 else "validation row"
@@ -214,9 +245,3 @@ def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
                 ]
             )
 
-
-def _decided(stored: Stored, config: Mapping[str, Any], specs: Mapping[str, Any]) -> Stored:
-    """With the dtype of hidden states, where they stay as the teacher gives them."""
-    from neo.training.cache_identity import hidden_dtype, spelt_dtype
-
-    return stored.resolved(spelt_dtype(hidden_dtype(specs["teacher"], config["trainer"])))
