@@ -20,6 +20,9 @@ from neo.data.rows import BadRow, Conversation
 
 IGNORE = -100
 TEMPLATES = Path(__file__).parent / "templates"
+# Of the rules by which a conversation becomes ids and targets: whoever changes what the same row
+# gives counts it up, and a teacher's targets that were cached before are computed again.
+SUPERVISION = 1
 
 # Llama 3.2's template writes today's date into the prompt unless it is given one; this is the date
 # that Llama 3.1's template falls back to. With it, a row has the same ids tomorrow.

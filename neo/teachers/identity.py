@@ -1,0 +1,160 @@
+"""What a cache was made of: the name it is found by, and what differs from what a run has."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from neo.data.datamodule import Data
+from neo.data.prompt import SUPERVISION, TEMPLATE_DATE
+from neo.data.stream import HubData
+from neo.losses.head import Head
+from neo.teachers.online import OnlineTeacher
+from neo.teachers.stored import Stored
+
+NAME_DIGITS = 12
+# Said for a reader; where the weights lie changes nothing.
+INFORMATION = ("teacher.path",)
+_HASHED_ROWS = 4096
+
+
+def identity_of(
+    *,
+    teacher: OnlineTeacher,
+    teacher_dtype: str,
+    tokenizer: Any,
+    chat_template: str,
+    data: Data,
+    schema: str | None,
+    stored: Stored,
+    vocab: int,
+    student_head: Head | None = None,
+) -> dict[str, Any]:
+    """All that a teacher's targets depend on, as plain data.
+
+    Args:
+        teacher: Where the weights lie, and how they are quantised.
+        teacher_dtype: In which it computes, such as "bfloat16"; never "auto".
+        tokenizer: The student's, a fast one.
+        chat_template: The Jinja text.
+        data: The rows.
+        schema: Of the rows, found out.
+        stored: What is kept.
+        vocab: Ids that both models share.
+        student_head: The frozen one; of kind projected alone.
+
+    Raises:
+        ValueError: The kind is projected and there is no head.
+    """
+    if stored.kind == "projected" and student_head is None:
+        raise ValueError("student_head=None: kind=projected is made with the student's head")
+    of_teacher: dict[str, Any] = {"path": teacher.path, **teacher.identity()}
+    of_teacher["dtype"] = teacher_dtype
+    of_teacher["quantization"] = teacher.quantization
+    if teacher.quantization == "int4":
+        of_teacher["quantization_group_size"] = teacher.group_size
+    if teacher.random_init:
+        of_teacher["random_init"] = True
+    identity: dict[str, Any] = {
+        "teacher": of_teacher,
+        "tokenizer": _tokenizer(tokenizer),
+        "chat_template": _hash(chat_template.encode()),
+        "data": {**_rows(data), "schema": schema},
+        "rules": {
+            "max_length": data.max_length,
+            "template_date": TEMPLATE_DATE,
+            "supervision": SUPERVISION,
+        },
+        "stored": stored.resolved().as_dict(),
+        "vocab": vocab,
+    }
+    if stored.kind == "projected" and student_head is not None:
+        identity["student_head"] = head_identity(student_head, vocab)
+    return identity
+
+
+def head_identity(head: Head, vocab: int) -> dict[str, Any]:
+    """What a frozen head is, whichever dtype its values are held in.
+
+    Args:
+        head: Of the student.
+        vocab: Rows that count; those past them are padding.
+    """
+    digest = hashlib.sha256()
+    weight = head.weight.detach()[:vocab]
+    for start in range(0, len(weight), _HASHED_ROWS):
+        digest.update(_float32(weight[start : start + _HASHED_ROWS]))
+    if head.bias is not None:
+        digest.update(_float32(head.bias.detach()[:vocab]))
+    return {
+        "sha256": digest.hexdigest(),
+        "shape": list(weight.shape),
+        "bias": head.bias is not None,
+        "logit_scale": float(head.logit_scale),
+    }
+
+
+def differences(of_cache: Mapping[str, Any], of_run: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, a line each; empty where a cache serves a run.
+
+    Example:
+        >>> differences({"vocab": 5, "rules": {"max_length": 9}}, {"vocab": 5, "rules": {}})
+        ['rules.max_length: the cache has 9, the run has nothing']
+    """
+    cache, run = _leaves(of_cache), _leaves(of_run)
+    return [
+        f"{key}: the cache has {_shown(cache, key)}, the run has {_shown(run, key)}"
+        for key in dict.fromkeys((*cache, *run))
+        if key not in INFORMATION and _shown(cache, key) != _shown(run, key)
+    ]
+
+
+def name_of(identity: Mapping[str, Any]) -> str:
+    """Twelve hex digits, the same for identities without differences.
+
+    Example:
+        >>> name_of({"vocab": 5, "teacher": {"path": "a"}})
+        '7e0e2dc7812b'
+    """
+    leaves = {key: value for key, value in _leaves(identity).items() if key not in INFORMATION}
+    return _hash(json.dumps(leaves, sort_keys=True).encode())[:NAME_DIGITS]
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            found.update(_leaves(value, f"{prefix}{key}."))
+        elif value is not None:
+            found[prefix + key] = value
+    return found
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    # as JSON has it, so that a list is a tuple's equal
+    return json.dumps(leaves[key]) if key in leaves else "nothing"
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    special = {name: value for name, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([special, sorted(map(int, tokenizer.all_special_ids))], sort_keys=True)
+    return {
+        "hash": _hash(tokenizer.backend_tokenizer.to_str().encode())[:16],
+        "special": _hash(text.encode())[:16],
+    }
+
+
+def _rows(data: Data) -> dict[str, Any]:
+    if isinstance(data, HubData):
+        return {"path": data.path, "name": data.name, "split": data.split, **data.identity()}
+    return dict(data.identity())
+
+
+def _float32(values: torch.Tensor) -> bytes:
+    return values.float().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

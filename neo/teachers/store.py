@@ -1,0 +1,285 @@
+"""An opened cache: rows by their keys, whichever shard they lie in."""
+
+import mmap
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neo.teachers.durable import CacheError
+from neo.teachers.fields import Field, Shapes
+from neo.teachers.manifest import Manifest, begin, find_manifest, finish, sha256_of
+from neo.teachers.row_locks import RowLocks, number_of
+from neo.teachers.shards import (
+    GROWING,
+    PARTS,
+    RECORD,
+    GrowingShard,
+    RowKey,
+    ShardEntry,
+    ShardWriter,
+    StoredRow,
+    bin_file,
+    index_file,
+    key_numbers,
+    padded,
+    valid_records,
+    whole_shard,
+)
+from neo.teachers.stored import Stored
+
+__all__ = [
+    "PARTS",
+    "CacheError",
+    "CacheFolder",
+    "Field",
+    "GrowingShard",
+    "Manifest",
+    "RowKey",
+    "RowLocks",
+    "Shapes",
+    "ShardEntry",
+    "ShardWriter",
+    "Stored",
+    "StoredRow",
+    "begin",
+    "finish",
+    "whole_shard",
+]
+_AGAIN = "restore it, or remove the folder and write the cache again"
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where every row lies.
+
+    Args:
+        records: Of all shards, one shard behind the other.
+        shards: The number of each record's shard.
+        numbers: The rows as numbers, ascending, each once.
+        places: Of their records.
+    """
+
+    records: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=RECORD))
+    shards: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def with_more(self, records: list[np.ndarray], shards: list[int]) -> "_Table":
+        """A table that has these, too; of a row that is there twice, the first."""
+        lengths = [len(each) for each in records]
+        all_records = np.concatenate([self.records, *records])
+        all_shards = np.concatenate(
+            [self.shards, np.repeat(np.array(shards, dtype=np.int32), lengths)]
+        )
+        numbers = key_numbers(all_records["part"], all_records["row_id"])
+        order = np.argsort(numbers, kind="stable")
+        numbers = numbers[order]
+        first = np.ones(len(numbers), dtype=bool)
+        first[1:] = numbers[1:] != numbers[:-1]
+        return _Table(all_records, all_shards, numbers[first], order[first])
+
+
+class CacheFolder:
+    """A cache that was opened for reading; `open` makes it. It may go to other processes.
+
+    Attributes:
+        path: Of the folder.
+        manifest: What the cache is.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._table = _Table()
+        self._names: list[str] = []  # of shards, by number
+        self._seen: dict[str, tuple[int, int, int]] = {}  # growing: number, records, bytes of .bin
+        self._maps: dict[int, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> "CacheFolder":
+        """Opens a cache that is finished or grows.
+
+        Raises:
+            CacheError: Something of it is damaged, missing or not finished.
+        """
+        path = Path(path)
+        cache = cls(path, find_manifest(path))
+        cache._read_shards()
+        cache.refresh()
+        return cache
+
+    def __len__(self) -> int:
+        return len(self._table.numbers)
+
+    def __contains__(self, key: RowKey) -> bool:
+        return self._place(self._table, key) is not None
+
+    def keys(self) -> list[RowKey]:
+        """All rows, in the order of shards and of rows within them."""
+        table = self._table
+        records = table.records[np.sort(table.places)]
+        pairs = zip(records["part"].tolist(), records["row_id"].tolist(), strict=True)
+        return [RowKey(part, row_id) for part, row_id in pairs]
+
+    def missing(self, part: int, row_ids: np.ndarray) -> np.ndarray:
+        """Those of the rows that it lacks, in their order."""
+        numbers = self._table.numbers
+        wanted = key_numbers(part, np.asarray(row_ids))
+        if not len(numbers):
+            return np.asarray(row_ids)
+        at = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+        return np.asarray(row_ids)[numbers[at] != wanted]
+
+    def num_tokens(self, key: RowKey) -> int:
+        """Supervised tokens of a row, without reading them.
+
+        Raises:
+            KeyError: It is not there.
+        """
+        table = self._table
+        place = self._place(table, key)
+        if place is None:
+            raise KeyError(key)
+        return int(table.records[place]["num_tokens"])
+
+    def read(self, key: RowKey) -> StoredRow:
+        """What is kept of a row, as a view of the file.
+
+        Raises:
+            KeyError: The row is not there.
+            CacheError: It is damaged.
+        """
+        table = self._table
+        place = self._place(table, key)
+        if place is None:
+            raise KeyError(key)
+        _, offset, size, num_tokens, _, content, crc, _, _ = table.records[place].item()
+        number = int(table.shards[place])
+        stop = offset + padded(size)
+        view = memoryview(self._map(number, stop))[offset:stop]
+        if zlib.crc32(view) != crc:
+            file = bin_file(self.path, self._names[number])
+            raise CacheError(
+                f"{file}: is damaged at row {key.row_id} of {PARTS[key.part]} (bytes {offset} to "
+                f"{stop}: their checksum is another); {self._advice(number)}"
+            )
+        return StoredRow(num_tokens, content, view[:size])
+
+    def refresh(self) -> None:
+        """Looks for rows that other processes have added since.
+
+        Raises:
+            CacheError: What they added is damaged.
+        """
+        records: list[np.ndarray] = []
+        shards: list[int] = []
+        names = {file.stem for file in self.path.glob(f"{GROWING}*.index")}
+        for file in self.path.glob(f"{GROWING}*.bin"):
+            if file.stem not in names and file.stat().st_size:
+                raise CacheError(f"{file.with_suffix('.index')}: is missing; {_advice(file.stem)}")
+        for name in sorted(names):
+            found = self._grown(name)
+            if len(found):
+                records.append(found)
+                shards.append(self._seen[name][0])
+        if records:
+            self._table = self._table.with_more(records, shards)
+
+    def beside(self, name: str) -> Path:
+        """A file that lies beside the shards, such as teacher_head.safetensors, checked.
+
+        Raises:
+            CacheError: It is missing or damaged.
+        """
+        known = self.manifest.files.get(name)
+        file = self.path / name
+        if known is None:
+            raise CacheError(f"{file}: is not a file of this cache")
+        self._check_size(file, known["bytes"])
+        if sha256_of(file) != known["sha256"]:
+            raise CacheError(f"{file}: is damaged, its sha256 is another; {_AGAIN}")
+        return file
+
+    def _read_shards(self) -> None:
+        """The shards of the manifest, checked but for their blobs."""
+        records = []
+        for entry in self.manifest.shards:
+            file = index_file(self.path, entry.name)
+            self._check_size(bin_file(self.path, entry.name), entry.num_bytes)
+            self._check_size(file, entry.rows * RECORD.itemsize)
+            content = file.read_bytes()
+            if zlib.crc32(content) != entry.index_crc:
+                raise CacheError(f"{file}: is damaged, its checksum is another; {_AGAIN}")
+            records.append(np.frombuffer(content, dtype=RECORD))
+            self._names.append(entry.name)
+        for name, known in self.manifest.files.items():
+            self._check_size(self.path / name, known["bytes"])
+        if records:
+            self._table = self._table.with_more(records, list(range(len(records))))
+
+    def _check_size(self, file: Path, num_bytes: int) -> None:
+        if not file.is_file():
+            raise CacheError(f"{file}: is missing; {_AGAIN}")
+        if (size := file.stat().st_size) != num_bytes:
+            raise CacheError(f"{file}: has {size:,} bytes where {num_bytes:,} belong; {_AGAIN}")
+
+    def _grown(self, name: str) -> np.ndarray:
+        """Whole records that a growing shard has gained since it was last looked at."""
+        number, num, end = self._seen.get(name, (len(self._names), 0, 0))
+        file = index_file(self.path, name)
+        with file.open("rb") as opened:
+            opened.seek(num * RECORD.itemsize)
+            content = opened.read()
+        if name in self._seen and not content:
+            return np.zeros(0, dtype=RECORD)
+        blobs = bin_file(self.path, name)
+        if not blobs.is_file():
+            raise CacheError(f"{blobs}: is missing; {_advice(name)}")
+        records, damaged = valid_records(content, blobs.stat().st_size, end)
+        if damaged is not None:
+            raise CacheError(f"{file}: is damaged at record {num + damaged}; {_advice(name)}")
+        if name not in self._seen:
+            self._names.append(name)
+        end += sum(padded(size) for size in records["num_bytes"].tolist())
+        self._seen[name] = (number, num + len(records), end)
+        return records
+
+    def _place(self, table: _Table, key: RowKey) -> int | None:
+        wanted = number_of(key)
+        at = int(np.searchsorted(table.numbers, wanted))
+        if at == len(table.numbers) or table.numbers[at] != wanted:
+            return None
+        return int(table.places[at])
+
+    def _map(self, number: int, stop: int) -> mmap.mmap:
+        """The .bin of a shard in memory, at least up to a byte."""
+        mapped = self._maps.get(number)
+        if mapped is None or len(mapped) < stop:
+            file = bin_file(self.path, self._names[number])
+            try:
+                with file.open("rb") as opened:
+                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # an empty file cannot be mapped
+                raise CacheError(f"{file}: cannot be read: {error}; {_AGAIN}") from error
+            if len(mapped) < stop:
+                raise CacheError(
+                    f"{file}: was cut off while it was read: {len(mapped):,} bytes where {stop:,} "
+                    f"belong; {self._advice(number)}"
+                )
+            self._maps[number] = mapped
+        return mapped
+
+    def _advice(self, number: int) -> str:
+        return _advice(self._names[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a mapping is of one process
+
+
+def _advice(name: str) -> str:
+    """What to do about a damaged shard."""
+    if name.startswith(GROWING):
+        return f"remove {name}.bin and {name}.index: runs compute its rows again"
+    return _AGAIN
