@@ -1,0 +1,102 @@
+"""What a run's cache is: what is kept of its teacher, and what names it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from neo.config import ConfigError
+from neo.data.datamodule import DataModule
+from neo.losses.distillation import Distillation, function_of
+from neo.losses.divergences import forward_kl
+from neo.losses.head import Head
+from neo.teachers.identity import identity_of
+from neo.teachers.online import OnlineTeacher
+from neo.teachers.stored import Stored
+from neo.training.cache_models import Heads
+from neo.training.devices import on_gpu
+from neo.training.step_cost import AUTOCAST, planned_dtype
+
+
+def teacher_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the teacher's weights in a run, before they are read."""
+    if teacher.quantization == "int4" and teacher.dtype == "auto":
+        return torch.bfloat16
+    own = torch.device(teacher.device).type if teacher.device else None
+    return planned_dtype(teacher, own or ("cuda" if on_gpu(trainer) else "cpu"))
+
+
+def hidden_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which a run's loss multiplies the teacher's hidden states."""
+    autocast = AUTOCAST.get(str(trainer.get("precision", "32-true")))
+    return autocast or teacher_dtype(teacher, trainer)
+
+
+def spelt_dtype(dtype: torch.dtype) -> str:
+    """Its name.
+
+    Example:
+        >>> spelt_dtype(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def wanted_stored(
+    teacher: OnlineTeacher, loss: Distillation, heads: Heads, trainer: Mapping[str, Any]
+) -> Stored:
+    """What a config asks to keep of its teacher; where it says nothing, what its loss allows.
+
+    Args:
+        teacher: With the keys of its cache.
+        loss: Of the run.
+        heads: Of student and teacher.
+        trainer: The config's node.
+
+    Raises:
+        ConfigError: Nothing can be kept that way.
+    """
+    keys = ("values", "k", "p", "samples", "proposal", "missing")
+    kind = getattr(teacher, "kind", None)
+    if kind is None:
+        linear = not heads.changes and heads.softcap is None
+        kind = "projected" if linear and function_of(loss.divergence) is forward_kl else "hidden"
+    temperature = 1.0 if kind == "hidden" else loss.temperature
+    given: Any = {key: getattr(teacher, key, None) for key in keys}
+    try:
+        stored = Stored(kind=kind, temperature=temperature, **given)
+    except ValueError as error:
+        raise ConfigError([f"teacher.{line}" for line in str(error).splitlines()]) from error
+    return stored.resolved(spelt_dtype(hidden_dtype(teacher, trainer)))
+
+
+def cache_identity(
+    config: Mapping[str, Any],
+    specs: Mapping[str, Any],
+    data: DataModule,
+    stored: Stored,
+    vocab: int,
+    student_head: Head | None,
+) -> dict[str, Any]:
+    """What names a run's cache.
+
+    Args:
+        config: Of the run.
+        specs: What it says.
+        data: Its rows, opened.
+        stored: What is kept, resolved.
+        vocab: Ids that both models share.
+        student_head: Of kind `projected` alone.
+    """
+    teacher = specs["teacher"]
+    return identity_of(
+        teacher=teacher,
+        teacher_dtype=spelt_dtype(teacher_dtype(teacher, config["trainer"])),
+        tokenizer=data.encoder.tokenizer,
+        chat_template=data.encoder.template,
+        data=data.data,
+        schema=data.schema,
+        stored=stored,
+        vocab=vocab,
+        student_head=student_head,
+    )
