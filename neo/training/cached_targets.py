@@ -74,7 +74,6 @@ class CachedTargets:
         self.cache, self.pad_id = cache, pad_id
         self.folder = cache.folder
         self.num_read = self.num_computed = self.num_stored = 0
-        self.prepared: list[Prepare] = []
         self._lock = threading.Lock()  # batches are looked up in a thread of their own
         self._shard: GrowingShard | None = None
         self._locks: RowLocks | None = None
@@ -82,14 +81,7 @@ class CachedTargets:
 
     def prepare(self, part: int) -> Prepare:
         """What looks the batches of a part up ahead of their turn."""
-        prepared = Prepare(lambda batch: self.look_up(batch, part))
-        self.prepared.append(prepared)
-        return prepared
-
-    @property
-    def waited_s(self) -> float:
-        """How long training has waited for the cache."""
-        return sum(prepared.waited_s for prepared in self.prepared)
+        return Prepare(lambda batch: self.look_up(batch, part))
 
     def look_up(self, batch: Batch, part: int) -> Batch:
         """The batch, on the CPU, with what is kept of its rows.
@@ -157,17 +149,9 @@ class CachedTargets:
         if self._locks is not None:
             self._locks.close()
 
-    def metrics(self, seconds: float) -> dict[str, float]:
-        """What a run's record says of it.
-
-        Args:
-            seconds: That the run took.
-        """
-        return {
-            "cache/rows_read": float(self.num_read - self.num_computed),
-            "cache/rows_computed": float(self.num_computed),
-            "cache/wait_share": self.waited_s / seconds if seconds else 0.0,
-        }
+    def counts(self) -> dict[str, int]:
+        """Rows that were read and computed by this process."""
+        return {"read": self.num_read - self.num_computed, "computed": self.num_computed}
 
     def _read(self, part: int, segment: Segment) -> StoredRow | None:
         if self.folder is None:

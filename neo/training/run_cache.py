@@ -1,7 +1,8 @@
 """Which cache a run reads its teacher's targets from, and whether the teacher must run as well."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from neo.config import ConfigError
 from neo.data.datamodule import DataModule
 from neo.data.rows import BadRow
+from neo.losses.distillation import Distillation
 from neo.losses.head import Head
 from neo.models.head_weights import read_head
 from neo.teachers.cached import CachedTeacher
 from neo.teachers.durable import CacheError
 from neo.teachers.fields import Shapes
+from neo.teachers.head_file import HEAD
+from neo.teachers.head_file import read_head as read_head_file
 from neo.teachers.identity import differences, name_of
 from neo.teachers.manifest import UNFINISHED
 from neo.teachers.online import OnlineTeacher
@@ -23,12 +27,13 @@ from neo.teachers.store import CacheFolder
 from neo.teachers.stored import Stored
 from neo.training.cache_identity import (
     cache_identity,
-    cached_identity,
     hidden_dtype,
     spelt_dtype,
 )
-from neo.training.cache_models import Heads, heads_of
+from neo.training.cache_models import head_changes, heads_of, meta_head
+from neo.training.token_loss import factors_of
 
+CERTIFICATE = "certificate.json"  # of a cache that grows
 # So many rows that a cache lacks are looked at: a bad row is in none, and no batch asks for it.
 MAX_LOOKED_AT = 1000
 
@@ -75,10 +80,27 @@ class RunCache:
     def teacher_head(self, device: torch.device) -> Head:
         """The teacher's, of kind hidden: it lies beside the rows, or with the teacher."""
         if self.folder is not None and HEAD in self.folder.manifest.files:
-            return read_head_file(self.folder.beside(HEAD)).to_device(device)
+            return read_head_file(self.folder, device)
         assert self.source is not None
         head = factors_of(read_head(self.source, device, trained=False))
-        return head
+        bias = None if head.bias is None else head.bias.to(device)
+        return replace(head, weight=head.weight.to(device), bias=bias)
+
+    def certificate(self, folder: CacheFolder | None = None) -> dict[str, Any] | None:
+        """What is known of its errors; None where nobody has measured them.
+
+        Args:
+            folder: Where the run has opened it since.
+        """
+        folder = folder or self.folder
+        if folder is None:
+            return None
+        if folder.manifest.finished:
+            return dict(folder.manifest.certificate)
+        try:
+            return json.loads((self.path / CERTIFICATE).read_bytes())
+        except (OSError, ValueError):  # a growing cache has none before its first run has ended
+            return None
 
     def describe(self) -> str:
         """One line for whoever starts the run."""
@@ -132,9 +154,11 @@ def _own_cache(
     heads = heads_of(specs["student"], specs["lora"], teacher)
     stored = teacher.stored(specs["loss"], head_changes=heads.changes, softcap=heads.softcap)
     stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
-    _check_loss(stored, specs, heads, "teacher.kind")
+    _check_loss(
+        stored, specs["loss"], "teacher.kind", head_changes=heads.changes, softcap=heads.softcap
+    )
     head = _student_head(config, specs) if stored.kind == "projected" else None
-    identity = cache_identity(config, specs, data, stored, vocab, head)
+    identity = cache_identity(config, teacher, data, stored, vocab, head)
     path = Path(teacher.cache) / name_of(identity)
     if (path / UNFINISHED).exists():
         return None
@@ -156,13 +180,14 @@ def _given_cache(
     folder = _opened(Path(teacher.path))
     manifest, where = folder.manifest, f"teacher.path={teacher.path!r}"
     source = teacher.teacher()
-    heads = heads_of(specs["student"], specs["lora"], None)
-    _check_loss(manifest.stored, specs, heads, where)
+    own = meta_head(specs["student"], specs["lora"])
+    changes = head_changes(own)
+    _check_loss(manifest.stored, specs["loss"], where, head_changes=changes, softcap=own.softcap)
     head = _student_head(config, specs) if manifest.stored.kind == "projected" else None
-    of_run = cached_identity(manifest.identity, data, vocab, head)
+    of_run = cache_identity(config, None, data, manifest.stored, vocab, head)
+    of_run["teacher"] = dict(manifest.identity["teacher"])
     if teacher.of is not None:
-        wanted = {"path": teacher.of, **OnlineTeacher(path=teacher.of).identity()}
-        of_run["teacher"] = dict(manifest.identity["teacher"]) | wanted
+        of_run["teacher"] |= {"path": teacher.of, **OnlineTeacher(path=teacher.of).identity()}
     if differing := differences(manifest.identity, of_run):
         raise ConfigError(
             [f"{where}: was made for other runs. What differs:", *(f"  {d}" for d in differing)]
@@ -181,10 +206,8 @@ def _opened(path: Path) -> CacheFolder:
         raise ConfigError(str(error).splitlines()) from error
 
 
-def _check_loss(stored: Stored, specs: Mapping[str, Any], heads: Heads, where: str) -> None:
-    refused = stored.given_refusals(
-        specs["loss"], head_changes=heads.changes, softcap=heads.softcap
-    )
+def _check_loss(stored: Stored, spec: Distillation, where: str, **head: Any) -> None:
+    refused = stored.given_refusals(spec, **head)
     if refused:
         raise ConfigError([f"{where}: {reason}" for reason in refused])
 
@@ -192,10 +215,8 @@ def _check_loss(stored: Stored, specs: Mapping[str, Any], heads: Heads, where: s
 def _student_head(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Head:
     """The frozen head, read from the student's files."""
     student, trained = specs["student"], specs["lora"].adapter is None
-    head = read_head(student, torch.device("cpu"), trained=trained, seed=config["seed"])
-    return Head(
-        weight=head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
-    )
+    device = torch.device("cpu")
+    return factors_of(read_head(student, device, trained=trained, seed=config["seed"]))
 
 
 def data_rows(data: DataModule) -> int | None:
@@ -244,4 +265,3 @@ def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
                     "rows of the stream; use at most as many"
                 ]
             )
-
