@@ -1,13 +1,13 @@
 """What a run's record says of its cache, and the certificate of one that the run has begun."""
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+from transformers import PreTrainedModel
 
 from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
-from neo.data.prompt import IGNORE, Example
+from neo.data.prompt import IGNORE
 from neo.models.sharding import is_sharded
 from neo.models.student import inner
 from neo.teachers.durable import write_whole
@@ -62,20 +62,18 @@ def _certify(cached: CachedTargets, module: "NeoModule", data: DataModule) -> No
     if stream.indices is None:  # its rows would have to be read again
         return
     keys = [key for key in certified_keys(cached.folder) if key.row_id in set(stream.indices)]
-    rows: list[Example] = [
-        stream.encoded.encode(key.row_id, stream.rows[key.row_id])
-        for key in keys
-    ]
+    table: Any = stream.rows
+    rows = [stream.encoded.encode(key.row_id, table[key.row_id]) for key in keys]
     if not rows:
         return
     student, teacher = inner(module.student), module.teacher.model
     was_training = student.training
     student.eval()
 
-    def of(model: torch.nn.Module, batch: Batch) -> Outputs:
+    def of(model: PreTrainedModel, batch: Batch) -> Outputs:
         batch = batch.to(module.device)
         with module.trainer.precision_plugin.forward_context():
-            return outputs_of(model, batch, batch.targets != IGNORE)  # type: ignore[arg-type]
+            return outputs_of(model, batch, batch.targets != IGNORE)
 
     certificate = certify(
         cached.folder, rows, lambda b: of(student, b), lambda b: of(teacher, b),
