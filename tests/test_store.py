@@ -30,7 +30,9 @@ def cache(written, tmp_path):
 def contents(folder):
     """Whatever can be read of a cache, by row."""
     cache = CacheFolder.open(folder)
-    return {key: (*cache.read(key)[:2], bytes(cache.read(key).blob)) for key in cache.keys()}
+    cache.beside("teacher_head.safetensors")
+    keys = cache.keys()
+    return {key: (*cache.read(key)[:2], bytes(cache.read(key).blob)) for key in keys}
 
 
 @pytest.mark.parametrize("kept", EACH, ids=NAMES)
@@ -83,14 +85,13 @@ def test_no_flipped_byte_anywhere_passes_unseen(cache):
     random = np.random.default_rng(0)
     for file in sorted(cache.iterdir()):
         content = file.read_bytes()
-        at = random.choice(len(content), min(len(content), 120), replace=False)
+        at = random.choice(len(content), min(len(content), 60), replace=False)
         for place in {0, len(content) - 1, *at.tolist()}:
             damaged = bytearray(content)
             damaged[place] ^= 1 << random.integers(8)
             file.write_bytes(damaged)
-            with pytest.raises(CacheError, match=file.stem.split(".")[0]):
+            with pytest.raises(CacheError, match=file.stem):
                 contents(cache)
-                CacheFolder.open(cache).beside("teacher_head.safetensors")
         file.write_bytes(content)
     assert contents(cache) == whole
 
@@ -125,23 +126,23 @@ def test_a_manifest_that_is_cut_off_or_missing_is_refused(cache):
     content = file.read_bytes()
     for length in (0, 1, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
-        with pytest.raises(CacheError, match="manifest.json: is damaged"):
+        with pytest.raises(CacheError, match=r"manifest.json: is damaged"):
             CacheFolder.open(cache)
     file.unlink()
-    with pytest.raises(CacheError, match="there are shards .* but no manifest.json; restore it"):
+    with pytest.raises(CacheError, match=r"there are shards .* but no manifest.json; restore it"):
         CacheFolder.open(cache)
 
 
 def test_a_manifest_of_another_version_is_refused(cache, monkeypatch):
     monkeypatch.setattr("neo.teachers.manifest.VERSION", 2)
-    with pytest.raises(CacheError, match="format 'neo.cache' version 1; this neo reads .* 2"):
+    with pytest.raises(CacheError, match=r"format 'neo.cache' version 1; this neo reads .* 2"):
         CacheFolder.open(cache)
 
 
 def test_a_folder_that_holds_no_finished_cache_says_what_it_is(tmp_path):
-    with pytest.raises(CacheError, match="there is no such folder"):
+    with pytest.raises(CacheError, match=r"there is no such folder"):
         CacheFolder.open(tmp_path / "none")
-    with pytest.raises(CacheError, match="this folder holds no cache"):
+    with pytest.raises(CacheError, match=r"this folder holds no cache"):
         CacheFolder.open(tmp_path)
     begin(tmp_path, KEPT, SHAPES, IDENTITY, growing=False)
     with pytest.raises(CacheError, match=r"not finished \(unfinished.json\); run neo.cache again"):
@@ -156,7 +157,7 @@ def test_beginning_again_changes_nothing_and_another_cache_is_refused(tmp_path):
           growing=False)  # fmt: skip
     assert file.read_bytes() == content
     other = {"teacher": {"path": "somewhere", "hash": "cd"}, "vocab": 51}
-    with pytest.raises(CacheError, match="this is another cache") as error:
+    with pytest.raises(CacheError, match=r"this is another cache") as error:
         begin(tmp_path, KEPT, SHAPES, other, growing=False)
     assert str(error.value).splitlines()[1:] == [
         '  teacher.hash: the cache has "ab", the run has "cd"',
@@ -167,15 +168,15 @@ def test_beginning_again_changes_nothing_and_another_cache_is_refused(tmp_path):
 def test_what_is_not_whole_is_not_finished(cache, tmp_path):
     begin(tmp_path / "x", KEPT, SHAPES, IDENTITY, growing=False)
     manifest = CacheFolder.open(cache).manifest
-    with pytest.raises(CacheError, match="rows-00000: this shard is not what was written"):
+    with pytest.raises(CacheError, match=r"rows-00000: this shard is not what was written"):
         finish(tmp_path / "x", manifest.shards, {}, {}, [])
     for file in cache.glob("rows-*"):
         shutil.copy(file, tmp_path / "x")
-    with pytest.raises(CacheError, match="teacher_head.safetensors: is missing"):
+    with pytest.raises(CacheError, match=r"teacher_head.safetensors: is missing"):
         finish(tmp_path / "x", manifest.shards, {}, {}, ["teacher_head.safetensors"])
-    with pytest.raises(CacheError, match="unfinished"):
+    with pytest.raises(CacheError, match=r"unfinished"):
         CacheFolder.open(tmp_path / "x")
-    with pytest.raises(CacheError, match="nothing was begun here"):
+    with pytest.raises(CacheError, match=r"nothing was begun here"):
         finish(cache, manifest.shards, {}, {}, [])
 
 

@@ -37,7 +37,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("keys", "messages"), WRONG, ids=str)
 def test_what_cannot_be_kept_is_refused_with_every_problem(keys, messages):
-    with pytest.raises(ValueError, match="must|is of") as error:
+    with pytest.raises(ValueError, match=r"must|is of") as error:
         Stored(**keys)
     lines = str(error.value).splitlines()
     assert len(lines) == len(messages)
