@@ -11,7 +11,7 @@ from neo.data.loader import TooManyBadRows
 from neo.data.packing import RowReport
 from neo.teachers.durable import write_whole
 from neo.teachers.shard_writers import ShardWriter
-from neo.teachers.shards import PARTS, ShardEntry, , whole_shard
+from neo.teachers.shards import PARTS, ShardEntry, whole_shard
 from neo.training.cache_models import Measured, Measurer
 from neo.training.cache_progress import CacheProgress
 from neo.training.cache_rows import CacheRows, Span, SpanRows
