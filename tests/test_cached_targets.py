@@ -5,13 +5,13 @@ from functools import cache
 import pytest
 import torch
 from found_divergences import all_divergences
-from lab import ROWS, tokenizer
-from test_variant_laws import (  # pytest needs the fixtures' names here
+from lab import ROWS, tiny_model, tokenizer
+from test_variant_laws import (
     BRANCHES,
     CPU,
+    QUANTIZED,
     attached,
     each,
-    folder,  # noqa: F401
 )
 
 from neo.data.datamodule import DataModule
@@ -48,6 +48,14 @@ def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return str(file)
+
+
+@pytest.fixture
+def base(name, student_dir, tmp_path):
+    """In 4 bits, one of whole blocks of 64."""
+    if name not in QUANTIZED:
+        return student_dir
+    return tiny_model(tmp_path / "base", hidden=64, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ def test_projected_gives_every_variant_the_loss_and_the_gradient_of_the_teacher_
     rows,
     tmp_path,
 ):
-    student = attached(name, folder)
+    student = attached(name, base)
     (batch, *_) = batches(rows, 8)
     for temperature in (1.0, 2.0):
         stored = Stored(kind="projected", temperature=temperature)
