@@ -18,5 +18,5 @@ def add_many(folder, name, start, num_rows):
 
 def add_until_killed(folder, name):
     with GrowingShard(folder, name) as shard:
-        for row_id in range(10**9):
+        for row_id in range(10**6):
             shard.add(RowKey(0, row_id), 1, row_id, blob_of(row_id))

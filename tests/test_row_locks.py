@@ -27,7 +27,7 @@ class Other:
 
     def __init__(self, folder, keys):
         self.pipe, there = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_hold, args=(folder, keys, there))
+        self.process = SPAWN.Process(target=_hold, args=(folder, keys, there), daemon=True)
         self.process.start()
 
     def __enter__(self):

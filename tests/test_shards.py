@@ -140,13 +140,13 @@ def test_two_processes_that_add_the_same_rows_at_once_do_not_spoil_each_other(fo
     num_rows = 300
     start = SPAWN.Barrier(3)
     both = [
-        SPAWN.Process(target=add_many, args=(folder, f"auto-{name}", start, num_rows))
+        SPAWN.Process(target=add_many, args=(folder, f"auto-{name}", start, num_rows), daemon=True)
         for name in "ab"
     ]
     for process in both:
         process.start()
     cache = CacheFolder.open(folder)
-    start.wait()
+    start.wait(60)
     while any(process.is_alive() for process in both):
         cache.refresh()
         for key in cache.keys()[-3:]:
@@ -160,13 +160,15 @@ def test_two_processes_that_add_the_same_rows_at_once_do_not_spoil_each_other(fo
 
 
 def test_a_killed_process_leaves_whole_rows(folder):
-    process = SPAWN.Process(target=add_until_killed, args=(folder, "auto-a"))
+    process = SPAWN.Process(target=add_until_killed, args=(folder, "auto-a"), daemon=True)
     process.start()
-    cache = CacheFolder.open(folder)
-    while len(cache) < 50:
-        cache.refresh()
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    try:
+        cache = CacheFolder.open(folder)
+        while len(cache) < 50:
+            cache.refresh()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
     cache = CacheFolder.open(folder)
     assert len(cache) >= 50
     for key in cache.keys()[:20] + cache.keys()[-20:]:
@@ -272,3 +274,18 @@ def test_a_manifest_that_finds_no_room_leaves_the_one_before(tmp_path, no_file_p
 def test_a_failure_that_is_no_lack_of_room_is_told_as_it_is(tmp_path):
     with pytest.raises(CacheError, match=r"x\.bin: could not be written: No such file or dir"):
         ShardWriter(tmp_path / "none", "x")
+
+
+def test_a_shard_that_begins_while_one_looks_is_no_damaged_one(folder, monkeypatch):
+    glob = type(folder).glob
+
+    def and_then_grows(self, pattern):
+        found = list(glob(self, pattern))
+        if not list(glob(folder, "auto-*")):
+            grow(folder)
+        return found
+
+    cache = CacheFolder.open(folder)
+    monkeypatch.setattr(type(folder), "glob", and_then_grows)
+    cache.refresh()
+    assert read(cache) == expected(ROWS)

@@ -174,5 +174,4 @@ def _padded(flat: Tensor, field: Field, counts: np.ndarray | None, fill: float |
     lengths = torch.from_numpy(counts)
     longest = int(counts.max(initial=0))
     rows = torch.full((len(counts), longest), fill, dtype=flat.dtype)
-    rows[torch.arange(longest) < lengths[:, None]] = flat
-    return rows
+    return rows.masked_scatter_(torch.arange(longest) < lengths[:, None], flat)
