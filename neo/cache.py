@@ -139,13 +139,16 @@ def write_cache(composed: DictConfig, out: Path | None = None) -> None:
     job = CacheJob(config, out, console)
     num = num_devices(config["trainer"])
     if config["dry_run"]:
-        job.tell()
+        if not job.is_finished():
+            job.tell()
         return
     if in_process_group():
         job.write_share()
         return
     with lock_cache(job.folder):
-        if job.is_finished():
+        finished = job.is_finished()
+        job.tidy()
+        if finished:
             return
         if num == 1:
             job.write()

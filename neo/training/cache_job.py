@@ -115,15 +115,21 @@ class CacheJob:
             ConfigError: It is another one.
         """
         if self.config["rerun"]:
-            remove_cache(self.folder)
+            return False
         self.standing = standing(self.folder, self.identity, self.rows)
         cache = self.standing.finished
         if cache is None or not cache.manifest.certificate:
             return False
-        remove_traces(self.folder)
         self.console.print(f"cache {self.name} is finished in {self.folder}; rerun=true anew")
         self._say_certificate(cache.manifest.certificate)
         return True
+
+    def tidy(self) -> None:
+        """Removes what stands there and is not to: a cache that is written anew, or traces."""
+        if self.config["rerun"]:
+            remove_cache(self.folder)
+        elif self.standing.finished is not None:
+            remove_traces(self.folder)
 
     def tell(self) -> Estimate:
         """Says what the cache will take.
@@ -131,10 +137,6 @@ class CacheJob:
         Raises:
             TooManyBadRows: More rows than `data.max_bad_rows` cannot be used.
         """
-        if self.standing == Standing() and not self.config["rerun"]:
-            self.standing = standing(self.folder, self.identity, self.rows)
-        if self.standing.finished is not None:
-            self.console.print(f"cache {self.name} is finished in {self.folder}")
         self.console.print(f"cache {self.name} of {self.specs['teacher'].path}, in {self.folder}")
         counts, sample = count_rows(self.rows, self.data.data.max_bad_rows)
         with told_out_of_memory(self.config):
@@ -176,7 +178,9 @@ class CacheJob:
         rank, world_size = place_in_group()
         if is_first_process():
             with nullcontext() if LAUNCHED in os.environ else lock_cache(self.folder):
-                if not self.is_finished():
+                finished = self.is_finished()
+                self.tidy()
+                if not finished:
                     self.write(rank, world_size)
             return
         layout = wait_for_layout(self.folder, self.console.print)
