@@ -44,9 +44,11 @@ def lock_cache(folder: Path, wait_s: float = PATIENCE_S) -> Generator[None, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK, timeout=wait_s):
-            yield
-            if (folder / MANIFEST).exists():  # nobody who waits for it would write any more
-                (folder / LOCK).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                if (folder / MANIFEST).exists():  # nobody who waits for it would write any more
+                    (folder / LOCK).unlink(missing_ok=True)
     except Timeout:
         raise CacheIsBusy(f"{folder}: another process is writing this cache") from None
 
