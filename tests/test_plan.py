@@ -22,8 +22,9 @@ from neo.training.devices import num_devices
 from neo.training.meet import meet_all
 from neo.training.module import NeoModule
 from neo.training.preflight import plan_run, sample_of, single_changes, workload_of
-from neo.training.step_cost import Workload, count_step, planned_dtype
+from neo.training.step_cost import count_step, planned_dtype
 from neo.training.token_loss import batch_sums
+from neo.training.workload import Workload
 
 CPU = torch.device("cpu")
 WEIGHTS = ("student", "adapter", "teacher")

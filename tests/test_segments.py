@@ -19,7 +19,9 @@ def example(name: int, prompt: int, answer: int, after: int = 0) -> Example:
 
 
 SEQUENCES = st.lists(
-    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=3),
+    st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=3
+    ),
     min_size=1,
     max_size=4,
 )  # fmt: skip

@@ -112,8 +112,7 @@ class DataModule(L.LightningDataModule):
         self._val_indices: np.ndarray | None = None
         self.schema: str | None = None
         self._loader: EpochLoader | None = None
-        # for batches of `rows`, and for those of a validation table of its own
-        self.prepare: tuple[Prepare | None, Prepare | None] = (None, None)
+        self.prepare: dict[str, Prepare] = {}  # what is done to batches of "train" and "val"
 
     @property
     def position(self) -> tuple[int, int]:
@@ -196,7 +195,7 @@ class DataModule(L.LightningDataModule):
             begin=self._begin_pass,
             end=self._end_pass,
             ranks=self.ranks,
-            prepare=self.prepare[0],
+            prepare=self.prepare.get("train"),
         )
         return self._loader
 
@@ -208,12 +207,18 @@ class DataModule(L.LightningDataModule):
     def val_dataloader(self) -> EpochLoader | Sequence[Any]:
         """The validation batches, every time the same; nothing if no rows are held out."""
         self.setup()
-        if self._val_rows is None:
+        if (stream := self.val_stream()) is None:
             return []
-        stream = self._stream(self._val_rows, self._val_indices, shuffle=False)
         # read in the training process, or workers for both would wait for each other's turn
-        prepare = self.prepare[self.val_part]
+        prepare = self.prepare.get("val")
         return EpochLoader(stream, num_workers=0, ranks=self.ranks, prepare=prepare)
+
+    def val_stream(self) -> RowStream | None:
+        """What the validation batches of this rank come from; None where no rows are held out."""
+        self.setup()
+        if self._val_rows is None:
+            return None
+        return self._stream(self._val_rows, self._val_indices, shuffle=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass the one of this epoch, from its beginning."""

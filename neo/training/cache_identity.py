@@ -72,7 +72,7 @@ def wanted_stored(
 
 def cache_identity(
     config: Mapping[str, Any],
-    specs: Mapping[str, Any],
+    teacher: OnlineTeacher | None,
     data: DataModule,
     stored: Stored,
     vocab: int,
@@ -82,16 +82,16 @@ def cache_identity(
 
     Args:
         config: Of the run.
-        specs: What it says.
+        teacher: None leaves it out: a cache that is given says which it was.
         data: Its rows, opened.
         stored: What is kept, resolved.
         vocab: Ids that both models share.
         student_head: Of kind `projected` alone.
     """
-    teacher = specs["teacher"]
+    dtype = "" if teacher is None else spelt_dtype(teacher_dtype(teacher, config["trainer"]))
     return identity_of(
         teacher=teacher,
-        teacher_dtype=spelt_dtype(teacher_dtype(teacher, config["trainer"])),
+        teacher_dtype=dtype,
         tokenizer=data.encoder.tokenizer,
         chat_template=data.encoder.template,
         data=data.data,

@@ -97,7 +97,7 @@ class CacheJob:
         self.models = CacheModels(config, self.specs, self.meeting.vocab)
         self.student_head = self.models.student_head() if self.stored.kind == "projected" else None
         self.identity = cache_identity(
-            config, self.specs, self.data, self.stored, self.meeting.vocab, self.student_head
+            config, teacher, self.data, self.stored, self.meeting.vocab, self.student_head
         )
         self.name = name_of(self.identity)
         self.folder = out or Path(getattr(teacher, "cache", None) or CACHES) / self.name

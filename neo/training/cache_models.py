@@ -1,7 +1,7 @@
 """The models that make a cache, run as in training: its device, its precision, its products."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,8 @@ from neo.data.segments import content_of
 from neo.losses.given import HiddenStates
 from neo.losses.head import Head
 from neo.models.causal_lm import CausalLM
-from neo.models.head import head_of
+from neo.models.head import OutputHead, head_of
+from neo.models.head_weights import read_head
 from neo.models.hidden import check_packing
 from neo.models.student import build_meta_student, inner
 from neo.models.variants import Variant
@@ -26,7 +27,7 @@ from neo.teachers.shards import RowKey
 from neo.teachers.stored import Stored
 from neo.training.cache_rows import keys_of
 from neo.training.frozen_linear import speed_up_frozen
-from neo.training.token_loss import Outputs, outputs_of
+from neo.training.token_loss import Outputs, factors_of, outputs_of
 from neo.training.trainer import build_trainer
 
 
@@ -64,16 +65,26 @@ class Heads:
 
 def heads_of(student: CausalLM, lora: Variant, teacher: OnlineTeacher) -> Heads:
     """Those of a student with its branch, and of its teacher."""
-    head, of_teacher = head_of(inner(build_meta_student(student, lora))), head_of(teacher.meta())
-    trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    head, of_teacher = meta_head(student, lora), head_of(teacher.meta())
     return Heads(
-        changes=trained or head.lora is not None,
+        changes=head_changes(head),
         softcap=head.softcap,
         d_student=head.weight.shape[1],
         student_bias=head.bias is not None,
         d_teacher=of_teacher.weight.shape[1],
         teacher_rows=of_teacher.weight.shape[0],
     )
+
+
+def meta_head(student: CausalLM, lora: Variant) -> OutputHead:
+    """That of a student with its branch, on the meta device."""
+    return head_of(inner(build_meta_student(student, lora)))
+
+
+def head_changes(head: OutputHead) -> bool:
+    """Whether it is trained, or has a branch."""
+    trained = any(x is not None and x.requires_grad for x in (head.weight, head.bias))
+    return trained or head.lora is not None
 
 
 @dataclass(frozen=True)
@@ -128,14 +139,10 @@ class CacheModels:
 
     def student_head(self) -> Head:
         """The student's head alone, as the products of the loss take it."""
-        model = self.student_spec.load(self.device, trained=self.trained, seed=self.seed)
-        head = head_of(model)
-        return Head(
-            weight=head.weight.detach()[: self.vocab].clone().to(self.device),
-            bias=None if head.bias is None else head.bias.detach()[: self.vocab].to(self.device),
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )
+        found = read_head(self.student_spec, self.device, trained=self.trained, seed=self.seed)
+        head = factors_of(found)
+        bias = None if head.bias is None else head.bias[: self.vocab].to(self.device)
+        return replace(head, weight=head.weight[: self.vocab].to(self.device), bias=bias)
 
     @torch.no_grad()
     def outputs(self, model: PreTrainedModel, batch: Batch) -> Outputs:

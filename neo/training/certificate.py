@@ -115,7 +115,7 @@ def certify(
     hidden, head = of_student.hidden.detach(), of_student.head
     hidden = hidden.to(wide(hidden.dtype))
     online = HiddenStates(hidden=of_teacher.hidden, head=of_teacher.head)
-    cached = _from_cache(cache, examples, hidden.device)
+    cached = _from_cache(cache, examples, hidden.device, online.head)
     stored = cache.manifest.stored
     temperatures = HIDDEN_TEMPERATURES if stored.kind == "hidden" else (stored.temperature,)
     measured = []
@@ -158,8 +158,10 @@ def _outputs(
     return joined[0], joined[1], torch.cat(targets).to(joined[0].hidden.device)
 
 
-def _from_cache(cache: CacheFolder, examples: Sequence[Example], device: torch.device) -> Given:
-    """What the cache gives for the tokens of the rows."""
+def _from_cache(
+    cache: CacheFolder, examples: Sequence[Example], device: torch.device, teacher_head: Head
+) -> Given:
+    """What the cache gives for the tokens of the rows; one that grows has no head of its own."""
     rows = []
     for example in examples:
         assert example.row_id is not None
@@ -172,7 +174,9 @@ def _from_cache(cache: CacheFolder, examples: Sequence[Example], device: torch.d
         rows.append(row)
     manifest = cache.manifest
     tensors = unpacked(rows, manifest.stored, manifest.shapes)
-    head = read_head(cache, device) if manifest.stored.kind == "hidden" else None
+    head = None
+    if manifest.stored.kind == "hidden":
+        head = read_head(cache, device) if manifest.finished else teacher_head
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
     return given_of(on_device, manifest.stored, head=head)
 

@@ -13,10 +13,12 @@ from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
 from neo.data.peek import peek
 from neo.losses.fused import CHUNK_GIB
+from neo.teachers.cached import CachedTeacher
 from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
 from neo.training.meet import CannotRun, Meeting, meet, meet_all, meet_architectures
 from neo.training.plan_table import short
-from neo.training.step_cost import Workload
+from neo.training.run_cache import find_teaching
+from neo.training.workload import Workload
 
 SAMPLE = 4  # batches that are looked at for the share of supervised tokens
 KEY = "trainer.device_memory_gib"
@@ -54,6 +56,10 @@ def sample_of(
     known = _met.get(key)
     sample: Sequence[Batch] = []
     note = None
+    if offline and isinstance(specs["teacher"], CachedTeacher):
+        raise ConfigError(
+            ["offline=true: a cache says what it is for by tokenizers and rows; leave it out"]
+        )
     if offline:
         meeting = meet_architectures(specs, known)
         note = (
@@ -69,6 +75,7 @@ def sample_of(
             what = "; ".join(error.problems)
             note = f"all tokens are counted as supervised, since {what}"
         else:
+            specs.update(find_teaching(config, specs, meeting.vocab, data))
             sample = peek(data, SAMPLE)
     _met[key] = meeting
     return sample, meeting, note
@@ -137,7 +144,7 @@ def _what_counts(
             {name: config[name] for name in DEPENDS_ON} | {"loss": config["loss"] | asked},
             {name: value for name, value in config["optim"].items() if name not in RATES},
             [trainer.get("precision"), trainer.get("gradient_clip_val")],
-            [str(workload), str(placement)],
+            [str(workload), str(placement), specs["teacher"] is None],
         ],
         sort_keys=True,
     )

@@ -13,7 +13,7 @@ from neo.losses.distillation import Distillation, TokenSums
 from neo.losses.fused import fused_sums
 from neo.losses.given import Given, HiddenStates
 from neo.losses.head import Head
-from neo.models.head import head_of
+from neo.models.head import OutputHead, head_of
 from neo.models.hidden import hidden_states
 
 
@@ -99,17 +99,18 @@ def outputs_of(
     # Of a teacher on a device of its own, nothing but the tokens wanted travels.
     hidden = hidden[which.to(hidden.device)].to(which.device)
     head = head_of(model)
-    lora = head.lora
-    return Outputs(
-        hidden,
-        None if lora is None else lora.states(hidden),
-        Head(
-            weight=head.weight,
-            bias=head.bias,
-            branch=None if lora is None else lora.up,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        ),
+    branch = None if head.lora is None else head.lora.states(hidden)
+    return Outputs(hidden, branch, factors_of(head))
+
+
+def factors_of(head: OutputHead) -> Head:
+    """A model's head as the loss takes it."""
+    return Head(
+        weight=head.weight,
+        bias=head.bias,
+        branch=None if head.lora is None else head.lora.up,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
     )
 
 
