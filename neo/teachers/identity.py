@@ -100,7 +100,7 @@ def differences(of_cache: Mapping[str, Any], of_run: Mapping[str, Any]) -> list[
     cache, run = _leaves(of_cache), _leaves(of_run)
     return [
         f"{key}: the cache has {_shown(cache, key)}, the run has {_shown(run, key)}"
-        for key in dict.fromkeys((*cache, *run))
+        for key in dict.fromkeys((*run, *cache))
         if key not in INFORMATION and _shown(cache, key) != _shown(run, key)
     ]
 

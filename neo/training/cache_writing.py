@@ -10,7 +10,8 @@ from typing import Any
 from neo.data.loader import TooManyBadRows
 from neo.data.packing import RowReport
 from neo.teachers.durable import CacheError, write_whole
-from neo.teachers.shards import PARTS, ShardEntry, ShardWriter, whole_shard
+from neo.teachers.shard_writers import ShardWriter
+from neo.teachers.shards import PARTS, ShardEntry, whole_shard
 from neo.training.cache_models import Measured, Measurer
 from neo.training.cache_progress import CacheProgress
 from neo.training.cache_rows import CacheRows, Span, SpanRows
