@@ -107,7 +107,7 @@ def assert_equal(student, teacher, cached, batch, spec, tolerance=1e-6):
 @pytest.mark.parametrize("name", each(BRANCHES))
 def test_projected_gives_every_variant_the_loss_and_the_gradient_of_the_teacher_itself(
     name,
-    folder,
+    base,
     teacher,
     rows,
     tmp_path,
