@@ -14,6 +14,7 @@ from neo.training.command_line import console, quiet
 from neo.training.consistency import check_config
 from neo.training.meet import CannotRun, build_specs, meet_all
 from neo.training.preflight import RATES, planned_or_refused
+from neo.training.run_cache import find_teaching
 from neo.training.run_folder import folder_of, recorded_run
 
 # Whether models, rows and memory go together does not depend on these.
@@ -174,6 +175,7 @@ def _what_meets(config: Mapping[str, Any]) -> str:
 def _meet(config: dict[str, Any]) -> None:
     specs = build_specs(config)
     meeting, data = meet_all(config, specs)
+    specs = find_teaching(config, specs, meeting.vocab, data)
     planned_or_refused(config, specs, meeting.vocab, data)
 
 
