@@ -13,6 +13,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from neo.losses import gradients
 from neo.losses.distillation import Distillation
 from neo.losses.fused import fused_sums
+from neo.losses.given import HiddenStates
 from neo.losses.head import Head
 from neo.losses.products import times, times_transposed
 
@@ -61,8 +62,7 @@ def neo(inputs: Inputs, spec: Distillation | None = None) -> tuple[float, Tensor
     sums = fused_sums(
         inputs.hidden[keep],
         Head(weight=inputs.weight),
-        inputs.teacher_hidden[keep],
-        Head(weight=inputs.teacher_weight),
+        HiddenStates(hidden=inputs.teacher_hidden[keep], head=Head(weight=inputs.teacher_weight)),
         inputs.targets[keep],
         spec or Distillation(kd_ratio=KD_RATIO),
         len(inputs.weight),

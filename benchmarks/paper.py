@@ -15,7 +15,8 @@ from neo.models.variants import lora, none
 from neo.training.device_plan import GIB, Placement, Plan, placed
 from neo.training.offline import OfflineStudent, OfflineTeacher
 from neo.training.optim import AdamW
-from neo.training.step_cost import StepCost, Workload, count_step
+from neo.training.step_cost import StepCost, count_step
+from neo.training.workload import Workload
 
 STUDENT, TEACHER = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
 VOCAB = ARCHITECTURES[STUDENT].keys["vocab_size"]

@@ -44,7 +44,7 @@ WHERE_IT_RAN = (
     "logger", "run_dir", "experiment_name", "dry_run", "rerun", "retry", "keep_last", "keep_best",
     "prune", "distinct",
     "max_skipped_steps",  # a run it does not end is the same run
-    "sharding", "torch_compile", "teacher.device", "teacher.offload",
+    "sharding", "torch_compile", "teacher.device", "teacher.offload", "teacher.cache",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",

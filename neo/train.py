@@ -43,6 +43,7 @@ from neo.training.meet import build_specs, meet_all
 from neo.training.out_of_memory import OutOfMemory
 from neo.training.preflight import planned_or_refused
 from neo.training.run import Run
+from neo.training.run_cache import find_teaching
 from neo.training.run_folder import PATIENCE_S, RunIsBusy, folder_of, lock_run, recorded_run
 from neo.training.skipped_steps import DivergedError
 from neo.training.summary import print_plan
@@ -125,6 +126,7 @@ def train(composed: DictConfig, *, wait_s: float = PATIENCE_S) -> RunRecord | No
     L.seed_everything(config["seed"], workers=True, verbose=False)
     specs = build_specs(config)
     meeting, data = meet_all(config, specs)
+    specs = find_teaching(config, specs, meeting.vocab, data)
     if LAUNCHED not in os.environ:
         plan = planned_or_refused(config, specs, meeting.vocab, data)
         print_plan(console, config, specs, folder, meeting, data, plan)

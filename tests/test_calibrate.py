@@ -14,7 +14,8 @@ from fits import checkpoint, fit, power_cut, trained
 from lab import ROWS, compose, tokenizer, write_rows
 
 from neo.config import build
-from neo.data.datamodule import DataModule, first_batches
+from neo.data.datamodule import DataModule
+from neo.data.peek import first_batches
 from neo.data.prompt import IGNORE
 from neo.losses.distillation import Distillation
 from neo.losses.divergences import forward_kl, reverse_kl

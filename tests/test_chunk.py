@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from neo.losses.chunk import BLOCK_ELEMENTS, ChunkSums, differentiate_chunk
+from neo.losses.comparisons import ByLogits
 from neo.losses.distillation import Distillation
 from neo.losses.divergences import cross_entropy, forward_kl, jsd, reverse_kl
 
@@ -34,7 +35,7 @@ def test_a_chunk_adds_the_sums_and_leaves_the_gradient_of_the_definitions(
     spec = Distillation(divergence=divergence, kd_ratio=kd_ratio, temperature=temperature)
     ce, kd, gradient = expected(s, t, targets, spec)
     sums, logits = ChunkSums(s.dtype, s.device), s.clone()
-    differentiate_chunk(logits, t, targets, spec, sums, gradient=True, softcap=None)
+    differentiate_chunk(logits, ByLogits(t), targets, spec, sums, gradient=True, softcap=None)
     torch.testing.assert_close(sums.ce, ce)
     torch.testing.assert_close(sums.kd, kd)
     torch.testing.assert_close(logits, gradient)
@@ -47,6 +48,6 @@ def test_without_a_gradient_only_the_sums_are_made():
     targets = torch.randint(VOCAB, (TOKENS,))
     sums = ChunkSums(s.dtype, s.device)
     kept = s.clone()
-    differentiate_chunk(s, t, targets, Distillation(), sums, gradient=False, softcap=None)
+    differentiate_chunk(s, ByLogits(t), targets, Distillation(), sums, gradient=False, softcap=None)
     torch.testing.assert_close(sums.ce, cross_entropy(kept, targets).sum())
     torch.testing.assert_close(sums.kd, forward_kl(kept, t).sum())

@@ -23,6 +23,7 @@ from neo.losses.divergences import (
     total_variation,
 )
 from neo.losses.fused import fused_sums
+from neo.losses.given import HiddenStates
 from neo.losses.head import Head
 
 
@@ -111,12 +112,14 @@ class Case:
             if leaf is not None and leaf.requires_grad
         ]
 
+    def given(self):
+        return HiddenStates(hidden=self.teacher_hidden, head=self.teacher_head)
+
     def sums(self, spec, *, teacher=True, **kwargs):
         return fused_sums(
             self.hidden,
             self.head,
-            self.teacher_hidden if teacher else None,
-            self.teacher_head if teacher else None,
+            self.given() if teacher else None,
             self.targets,
             spec,
             VOCAB,
@@ -459,17 +462,7 @@ def test_a_ratio_above_0_without_a_teacher_is_refused():
 def test_more_ids_than_a_head_has_rows_are_refused(vocab):
     case = Case()
     with pytest.raises(ValueError, match=rf"vocab={vocab}: .* 17 rows of student_head"):
-        fused_sums(
-            case.hidden, case.head, None, None, case.targets, Distillation(kd_ratio=0.0), vocab
-        )
-
-
-def test_a_teacher_head_without_its_hidden_states_is_refused():
-    case = Case()
-    with pytest.raises(ValueError, match="give both or neither"):
-        fused_sums(
-            case.hidden, case.head, None, case.teacher_head, case.targets, Distillation(), VOCAB
-        )
+        fused_sums(case.hidden, case.head, None, case.targets, Distillation(kd_ratio=0.0), vocab)
 
 
 def test_a_softcap_of_0_is_refused():
@@ -506,8 +499,7 @@ class Branched(Case):
         return fused_sums(
             self.hidden,
             replace(self.head, branch=0.5 * self.up),
-            self.teacher_hidden,
-            self.teacher_head,
+            self.given(),
             self.targets,
             spec,
             VOCAB,
@@ -538,7 +530,7 @@ def test_a_branch_on_the_head_gives_the_loss_and_gradients_of_the_adapted_weight
 def test_a_branch_without_its_input_and_a_teacher_with_a_branch_are_refused():
     case = Branched()
     head = replace(case.head, branch=case.up)
-    rest = (case.teacher_hidden, case.teacher_head, case.targets, Distillation(), VOCAB)
+    rest = (case.given(), case.targets, Distillation(), VOCAB)
     with pytest.raises(ValueError, match=r"student_branch and student_head\.branch: give both"):
         fused_sums(case.hidden, head, *rest)
     with pytest.raises(ValueError, match="needs its input"):
@@ -606,7 +598,8 @@ def test_chunks_take_the_memory_they_may_and_are_of_like_length(chunk_gib, chunk
     hidden = torch.zeros(tokens, 1)
     targets = torch.zeros(tokens, dtype=torch.int64)
     with torch.no_grad(), Recorder() as recorder:
-        fused_sums(hidden, head, hidden, head, targets, Distillation(chunk_gib=chunk_gib), vocab)
+        teacher = HiddenStates(hidden=hidden, head=head)
+        fused_sums(hidden, head, teacher, targets, Distillation(chunk_gib=chunk_gib), vocab)
     assert recorder.products == [(chunk, vocab) for chunk in chunks for _ in range(2)]
 
 

@@ -6,6 +6,7 @@ import torch
 from found_divergences import divergence_functions
 
 from neo.losses.chunk import ChunkSums, differentiate_chunk
+from neo.losses.comparisons import ByLogits
 from neo.losses.distillation import Distillation
 from neo.losses.divergences import (
     adaptive_kl,
@@ -60,7 +61,12 @@ def chunked(divergence, s, t, temperature):
         row = slice(token, token + 1)
         sums = ChunkSums(s.dtype, s.device)
         differentiate_chunk(
-            gradient[row], t[row], torch.zeros(1, dtype=torch.int64), spec, sums, gradient=True
+            gradient[row],
+            ByLogits(t[row]),
+            torch.zeros(1, dtype=torch.int64),
+            spec,
+            sums,
+            gradient=True,
         )
         values.append(sums.kd)
     return torch.stack(values), gradient

@@ -6,7 +6,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
+from neo.data.peek import peek
 from neo.data.stream import FileData
 from neo.losses.distillation import Distillation
 from neo.models import hidden

@@ -12,7 +12,7 @@ from lab import ROWS, compose, compose_raw, tiny_model, write_rows
 
 import neo.plan
 from neo.config import SPECS, ConfigError, build, run_id
-from neo.data.datamodule import peek
+from neo.data.peek import peek
 from neo.models.causal_lm import CausalLM
 from neo.models.student import inner
 from neo.plan import plan, show
@@ -22,8 +22,9 @@ from neo.training.devices import num_devices
 from neo.training.meet import meet_all
 from neo.training.module import NeoModule
 from neo.training.preflight import plan_run, sample_of, single_changes, workload_of
-from neo.training.step_cost import Workload, count_step, planned_dtype
+from neo.training.step_cost import count_step, planned_dtype
 from neo.training.token_loss import batch_sums
+from neo.training.workload import Workload
 
 CPU = torch.device("cpu")
 WEIGHTS = ("student", "adapter", "teacher")

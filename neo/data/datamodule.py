@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from neo.data.ahead import Prepare
 from neo.data.epoch import Epoch, resumed
 from neo.data.loader import EpochLoader, TooManyBadRows
 from neo.data.order import Rows, RowTable, first_columns, permutation
@@ -113,6 +112,7 @@ class DataModule(L.LightningDataModule):
         self._val_indices: np.ndarray | None = None
         self.schema: str | None = None
         self._loader: EpochLoader | None = None
+        self.prepare: dict[str, Prepare] = {}  # what is done to batches of "train" and "val"
 
     @property
     def position(self) -> tuple[int, int]:
@@ -153,6 +153,11 @@ class DataModule(L.LightningDataModule):
         self.setup()
         return 0 if self._val_indices is None else len(self._val_indices)
 
+    @property
+    def val_part(self) -> int:
+        """0 where validation rows are rows of the training table, 1 where they have their own."""
+        return int(self._val_rows is not self._train_rows)
+
     def setup(self, stage: str | None = None) -> None:
         """Opens the rows, finds out their schema and holds out validation rows; once."""
         if self.schema is not None:
@@ -185,11 +190,12 @@ class DataModule(L.LightningDataModule):
         """One epoch of training batches per pass."""
         self.teardown("fit")
         self._loader = EpochLoader(
-            self._train_stream(),
+            self.train_stream(),
             num_workers=self.data.num_workers,
             begin=self._begin_pass,
             end=self._end_pass,
             ranks=self.ranks,
+            prepare=self.prepare.get("train"),
         )
         return self._loader
 
@@ -201,11 +207,18 @@ class DataModule(L.LightningDataModule):
     def val_dataloader(self) -> EpochLoader | Sequence[Any]:
         """The validation batches, every time the same; nothing if no rows are held out."""
         self.setup()
-        if self._val_rows is None:
+        if (stream := self.val_stream()) is None:
             return []
-        stream = self._stream(self._val_rows, self._val_indices, shuffle=False)
         # read in the training process, or workers for both would wait for each other's turn
-        return EpochLoader(stream, num_workers=0, ranks=self.ranks)
+        prepare = self.prepare.get("val")
+        return EpochLoader(stream, num_workers=0, ranks=self.ranks, prepare=prepare)
+
+    def val_stream(self) -> RowStream | None:
+        """What the validation batches of this rank come from; None where no rows are held out."""
+        self.setup()
+        if self._val_rows is None:
+            return None
+        return self._stream(self._val_rows, self._val_indices, shuffle=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass the one of this epoch, from its beginning."""
@@ -251,7 +264,7 @@ class DataModule(L.LightningDataModule):
                 f"{'; '.join(changed)}. Set them as they were, or begin anew with rerun=true"
             )
         same = state_dict["readers"] == self._readers()
-        order = None if same else self._train_stream().order
+        order = None if same else self.train_stream().order
         self._go_on(resumed(state_dict, self.rank, self.world_size, order))
 
     @property
@@ -281,7 +294,8 @@ class DataModule(L.LightningDataModule):
             "data.packing": data.packing,
         }
 
-    def _train_stream(self, *, alone: bool = False) -> RowStream:
+    def train_stream(self, *, alone: bool = False) -> RowStream:
+        """What the batches of this rank come from, or, `alone`, those of one process for all."""
         self.setup()
         assert self._train_rows is not None
         shuffle = self.data.shuffle
@@ -320,26 +334,3 @@ class DataModule(L.LightningDataModule):
 
     def _go_on(self, epoch: Epoch) -> None:
         self._epoch, self._num_before, self._all_read = epoch, epoch.num_batches, False
-
-
-def first_batches(data: DataModule, num_rows: int) -> list[Batch]:
-    """The first training batches until they hold so many rows, or there are no more, as `peek`."""
-    batches: list[Batch] = []
-    # Lightning makes the GPU the default device while models are built; rows are read on the CPU.
-    with torch.device("cpu"):
-        for batch in _aside(data):
-            batches.append(batch)
-            if sum(b.num_rows for b in batches) >= num_rows:
-                break
-    return batches
-
-
-def peek(data: DataModule, num_batches: int) -> list[Batch]:
-    """The first training batches of the run, as one process alone would read them."""
-    return list(islice(_aside(data), num_batches))
-
-
-def _aside(data: DataModule) -> EpochLoader:
-    """A pass in which nothing is counted or consumed."""
-    # through a loader, which refuses rows none of which can be trained on
-    return EpochLoader(data._train_stream(alone=True), num_workers=0)

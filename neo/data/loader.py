@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from neo.data.ahead import Prepare
 from neo.data.packing import Batch, RowReport, empty_batch
 from neo.data.place import Rest
 from neo.data.ranks import Ranks
@@ -50,6 +51,7 @@ class EpochLoader:
             batches were consumed before.
         end: Told when all batches of a pass have been read.
         ranks: Those that each take a batch at the same time.
+        prepare: What is done to each batch ahead of its turn.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class EpochLoader:
         begin: Callable[[], tuple[int, Rest | None]] = lambda: (0, None),
         end: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
+        self.prepare = prepare
         self.stream, self.num_workers = stream, num_workers
         self.loader = self._fresh()
         self.begin, self.end, self.ranks = begin, end, ranks or Ranks()
@@ -96,7 +100,8 @@ class EpochLoader:
                 self.stream.rest = rest
                 self.close()  # its workers have the old one
             self.stream.set_epoch(epoch)
-            for batch in self._usable(begun=rest is not None):
+            batches = self._usable(begun=rest is not None)
+            for batch in batches if self.prepare is None else self.prepare.ahead(batches):
                 given = True
                 yield batch
             # A checkpoint behind the last batch of an epoch goes on with the next one.

@@ -100,6 +100,7 @@ class Batch:
     places: tuple[Place, ...] = ()
     # That lie in this batch and its fellows on all other ranks, and bad ones read for them.
     num_rows_all_ranks: int = 0
+    taught: Any = None  # what a cache holds of the teacher for it; moves along with the tensors
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on the device."""
@@ -108,6 +109,7 @@ class Batch:
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             position_ids=self.position_ids.to(device, non_blocking=non_blocking),
             targets=self.targets.to(device, non_blocking=non_blocking),
+            taught=self.taught and self.taught.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":

@@ -15,6 +15,7 @@ from yaml import YAMLError
 from neo.config import ConfigError, build, validate
 from neo.models.causal_lm import CausalLM
 from neo.results.records import RunRecord, find_records, read_record
+from neo.teachers.cached import CachedTeacher
 
 ROLES = ("student", "base", "teacher")
 SIGNS = "*?["
@@ -156,7 +157,11 @@ def _student(folder: Path, run: RunRecord, config: dict[str, Any]) -> Candidate:
 
 def _untrained(role: str, folder: Path, run: RunRecord, config: dict[str, Any]) -> Candidate:
     """The base or the teacher of a run; of equal ones the record lies in the same folder."""
-    spec: CausalLM | None = build(config["student" if role == "base" else "teacher"])
+    spec: CausalLM | CachedTeacher | None = build(
+        config["student" if role == "base" else "teacher"]
+    )
+    if isinstance(spec, CachedTeacher):
+        spec = spec.teacher()
     if spec is None or spec.path is None:
         raise ValueError(f"{folder}: models={role}: the run has no teacher")
     if spec.random_init:

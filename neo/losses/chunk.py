@@ -1,22 +1,16 @@
-"""The logits of one chunk of tokens -> its sums, and in their place the gradient of the loss.
+"""The logits of one chunk of tokens -> its sums, and in their place the gradient of the loss."""
 
-A divergence of `neo.losses.gradients` has its gradient written out; any other function of two
-logits is differentiated by autograd, on a few tokens' logits alone.
-"""
-
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from neo.losses.distillation import Distillation, Divergence
-from neo.losses.gradients import CLOSED_FORMS, PerToken, Rows, Softened
-from neo.losses.products import wide
+from neo.losses.comparisons import Comparison, StudentBlock
+from neo.losses.distillation import Distillation
+from neo.losses.gradients import Rows, log_partition
 
 # Elements of logits that are worked on at a time: on a CPU all passes over them then stay within
 # its cache; a GPU is better served by few large launches.
@@ -62,28 +56,25 @@ def block_rows(vocab: int, device: torch.device) -> int:
 
 def differentiate_chunk(
     student_logits: Float[Tensor, "chunk vocab"],
-    teacher_logits: Float[Tensor, "chunk vocab"] | None,
+    teacher: Comparison | None,
     targets: Int64[Tensor, " chunk"],
     spec: Distillation,
     sums: ChunkSums,
     *,
     gradient: bool,
     softcap: float | None = None,
-    outside: Float[Tensor, " chunk"] | None = None,
 ) -> None:
     """Add the chunk to `sums`; with `gradient`, put the loss's gradient in the logits' place.
 
     Args:
         student_logits: Over the shared ids, in float32 or float64; destroyed.
-        teacher_logits: Over the same ids; None where there is no teacher to compare with.
+        teacher: Its numbers for the same tokens; None where there is none to compare with.
         targets: The id each token must predict.
         spec: Divergence, ratio and temperature.
         sums: What grows.
         gradient: Whether the gradient is wanted.
         softcap: The bound that was put on the student's logits; the gradient is then that of the
             logits before it.
-        outside: Log of the summed exponentials of the teacher's logits on ids that are not shared;
-            None where there are none.
     """
     chunk, vocab = student_logits.shape
     rows = block_rows(vocab, student_logits.device)
@@ -91,49 +82,41 @@ def differentiate_chunk(
         block = slice(start, start + rows)
         _differentiate_block(
             student_logits[block],
-            None if teacher_logits is None else teacher_logits[block],
+            None if teacher is None else teacher.at(block),
             targets[block].unsqueeze(-1),
             spec,
             sums,
             gradient=gradient,
             softcap=softcap,
-            outside=None if outside is None else outside[block],
         )
 
 
 def _differentiate_block(
     s: Rows,
-    t: Rows | None,
+    teacher: Comparison | None,
     targets: Int64[Tensor, "block 1"],
     spec: Distillation,
     sums: ChunkSums,
     *,
     gradient: bool,
     softcap: float | None,
-    outside: PerToken | None,
 ) -> None:
     """`differentiate_chunk` for a few rows."""
     ratio = float(spec.kd_ratio)
-    q = s.softmax(-1)
-    top = s.amax(-1)
-    log_z = _log_partition(top, q)
+    q, top = s.softmax(-1), s.amax(-1)
+    log_z = log_partition(top, q)
     sums.ce += (log_z - s.gather(-1, targets).squeeze(-1)).sum()
     sums.student_entropy += (log_z - (q * s).sum(-1)).sum()
 
     kd_gradient = None
-    if t is not None:
-        p = t.softmax(-1)
-        teacher_top = t.amax(-1)
-        teacher_log_z = _log_partition(teacher_top, p)
-        sums.teacher_target += p.gather(-1, targets).sum()
-        if outside is not None:
-            sums.teacher_mass_out += torch.sigmoid(outside - teacher_log_z).sum()
-        # Where no id is both models' top, no sum of their logits is the sum of the tops. An argmax
-        # would tell the same and costs a CPU several times as long.
-        sums.agree += ((s + t).amax(-1) == top + teacher_top).sum()
-        softened = Softened(s, t, q, p, log_z, teacher_log_z)
-        kd, kd_gradient = _divergence(softened, spec, gradient=gradient and ratio > 0)
-        sums.kd += kd.sum()
+    if teacher is not None:
+        student = StudentBlock(s, q, top, log_z)
+        found = teacher.against(student, targets, spec, gradient=gradient and ratio > 0)
+        sums.kd += found.kd.sum()
+        sums.agree += found.agree
+        sums.teacher_target += found.target
+        sums.teacher_mass_out += found.mass_out
+        kd_gradient = found.gradient
     if not gradient:
         return
 
@@ -146,45 +129,3 @@ def _differentiate_block(
     s.scatter_add_(-1, targets, s.new_full((), ratio - 1).expand_as(targets))
     if slope is not None:
         s.mul_(slope)
-
-
-def _divergence(x: Softened, spec: Distillation, *, gradient: bool) -> tuple[PerToken, Rows | None]:
-    """The divergence per token and, if wanted, its gradient in the student's logits.
-
-    `x` is at temperature 1.
-    """
-    function: Divergence = spec.divergence
-    temperature = float(spec.temperature)
-    keywords: dict[str, Any] = {}
-    if isinstance(function, functools.partial) and not function.args:
-        keywords = function.keywords
-        function = function.func
-    if (closed_form := CLOSED_FORMS.get(function)) is not None:
-        value, slope = closed_form(_soften(x, temperature), gradient=gradient, **keywords)
-        # T^2 by definition; the softened logits are the logits over T, which takes one T away.
-        return temperature**2 * value, None if slope is None else slope.mul_(temperature)
-    if not gradient:
-        return spec.divergence(x.a, x.b, temperature=temperature), None
-    with torch.enable_grad():
-        leaf = x.a.detach().requires_grad_()
-        kd = spec.divergence(leaf, x.b, temperature=temperature)
-        return kd.detach(), torch.autograd.grad(kd.sum(), leaf)[0]
-
-
-def _soften(x: Softened, temperature: float) -> Softened:
-    """The same models at another temperature."""
-    if temperature == 1:
-        return x
-    a, b = x.a / temperature, x.b / temperature
-    q, p = a.softmax(-1), b.softmax(-1)
-    return Softened(a, b, q, p, _log_partition(a.amax(-1), q), _log_partition(b.amax(-1), p))
-
-
-def _log_partition(top: PerToken, probabilities: Rows) -> PerToken:
-    """Log of the softmax's denominator, from the largest logit and the largest probability.
-
-    The largest probability is `exp(top) / Z`; reading Z off it saves a second pass of exponentials.
-    In float64 where the device has it: it is one number a token, and losses are differences of it.
-    """
-    precise = wide(top.dtype) if top.device.type == "mps" else torch.float64
-    return top.to(precise) - probabilities.amax(-1).to(precise).log()

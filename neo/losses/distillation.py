@@ -1,5 +1,6 @@
 """What to distil and how strongly (the spec), and what the loss of some tokens adds up to."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -118,6 +119,11 @@ class TokenSums:
     def detach(self) -> "TokenSums":
         """The same sums without gradient, to be kept for logging."""
         return replace(self, loss=self.loss.detach())
+
+
+def function_of(divergence: Divergence) -> Divergence:
+    """The function, of a partial of one."""
+    return divergence.func if isinstance(divergence, functools.partial) else divergence
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

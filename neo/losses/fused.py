@@ -2,11 +2,12 @@
 
 The numbers are those of `neo.losses.divergences`. The gradient is made in the forward pass, while a
 chunk's logits are there, so that a frozen student head costs three matrix products a token: student
-logits, teacher logits, and gradient times head.
+logits, teacher logits, and gradient times head. A teacher that gives other numbers than hidden
+states costs none of them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from neo.losses.chunk import ChunkSums, block_rows, differentiate_chunk, kind_of
-from neo.losses.distillation import Distillation, TokenSums
+from neo.losses.comparisons import ByLogits, ByMeanLogit, Comparison, some
+from neo.losses.distillation import Distillation, TokenSums, function_of
+from neo.losses.divergences import forward_kl
+from neo.losses.given import Given, HiddenStates, Listed, Projected
 from neo.losses.head import Head
+from neo.losses.listed import ByList
 from neo.losses.products import add_transposed_times, times, wide
 
 # Where `loss.chunk_gib` is left open. On a CPU, memory is asked of the system anew and filled page
@@ -28,8 +33,7 @@ CHUNK_GIB = {"cpu": (3 / 64, 128), "cuda": (1.0, 1)}
 def fused_sums(
     student_hidden: Float[Tensor, "tokens d_student"],
     student_head: Head,
-    teacher_hidden: Float[Tensor, "tokens d_teacher"] | None,
-    teacher_head: Head | None,
+    teacher: Given | None,
     targets: Int64[Tensor, " tokens"],
     spec: Distillation,
     vocab: int,
@@ -47,8 +51,7 @@ def fused_sums(
     Args:
         student_hidden: Hidden states of supervised tokens only.
         student_head: Weight, bias and branch may require gradient.
-        teacher_hidden: The teacher's, of the same tokens; None without a teacher.
-        teacher_head: Never gets gradient.
+        teacher: What it gives for the same tokens; None without a teacher.
         targets: The id each token must predict, in [0, `vocab`).
         spec: Divergence, ratio, temperature and chunk size.
         vocab: How many ids the shared tokenizer has.
@@ -56,13 +59,10 @@ def fused_sums(
         measure: Compare with the teacher although `kd_ratio` is 0 and gradients are on; without
             gradients that is done anyway.
     """
-    _check(student_head, student_branch, teacher_hidden, teacher_head, spec, vocab)
+    _check(student_head, student_branch, teacher, spec, vocab)
     training = torch.is_grad_enabled()
-    if teacher_hidden is None or (spec.kd_ratio == 0 and training and not measure):
+    if spec.kd_ratio == 0 and training and not measure:
         teacher = None
-    else:
-        assert teacher_head is not None  # both or neither: checked above
-        teacher = (teacher_hidden.detach(), teacher_head)
     loss, ce, entropy, kd, agree, teacher_target, mass_out = _FusedSums.apply(
         student_hidden,
         student_branch,
@@ -91,25 +91,43 @@ def fused_sums(
 def _check(
     student_head: Head,
     student_branch: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_head: Head | None,
+    teacher: Given | None,
     spec: Distillation,
     vocab: int,
 ) -> None:
     """Raise where heads, ids and spec do not go together."""
-    if (teacher_hidden is None) != (teacher_head is None):
-        raise ValueError("teacher_hidden and teacher_head: give both or neither")
     if (student_branch is None) != (student_head.branch is None):
         raise ValueError("student_branch and student_head.branch: give both or neither")
-    if teacher_head is not None and teacher_head.branch is not None:
-        raise ValueError("teacher_head.branch: must be None, a teacher has no branch")
-    if teacher_head is None and spec.kd_ratio > 0:
+    if teacher is None and spec.kd_ratio > 0:
         raise ValueError(f"loss.kd_ratio={spec.kd_ratio}: must be 0 where there is no teacher")
-    for name, head in (("student_head", student_head), ("teacher_head", teacher_head)):
-        if head is not None and not 1 <= vocab <= len(head.weight):
+    heads = {"student_head": student_head}
+    if isinstance(teacher, HiddenStates):
+        heads["teacher_head"] = teacher.head
+        if teacher.head.branch is not None:
+            raise ValueError("teacher_head.branch: must be None, a teacher has no branch")
+    for name, head in heads.items():
+        if not 1 <= vocab <= len(head.weight):
             raise ValueError(
                 f"vocab={vocab}: must lie between 1 and the {len(head.weight)} rows of {name}"
             )
+    if isinstance(teacher, Projected | Listed) and teacher.temperature != spec.temperature:
+        raise ValueError(
+            f"loss.temperature={spec.temperature}: the teacher's numbers are of temperature "
+            f"{teacher.temperature}"
+        )
+    if isinstance(teacher, Projected):
+        _check_projected(student_head, spec)
+
+
+def _check_projected(head: Head, spec: Distillation) -> None:
+    """Raise where a mean row of the student's head does not give the divergence."""
+    if function_of(spec.divergence) is not forward_kl:
+        raise ValueError("loss.divergence: a projected teacher gives forward_kl alone")
+    if head.softcap is not None:
+        raise ValueError(f"softcap={head.softcap}: mean logits are no product once they are capped")
+    trained = any(x is not None and x.requires_grad for x in (head.weight, head.bias))
+    if trained or head.branch is not None:
+        raise ValueError("student_head: a projected teacher needs the head that it was made with")
 
 
 class _FusedSums(torch.autograd.Function):
@@ -124,7 +142,7 @@ class _FusedSums(torch.autograd.Function):
         bias: Tensor | None,
         branch: Tensor | None,
         head: Head,
-        teacher: tuple[Tensor, Head] | None,
+        teacher: Given | None,
         targets: Tensor,
         spec: Distillation,
         vocab: int,
@@ -144,30 +162,21 @@ class _FusedSums(torch.autograd.Function):
 
         with torch.autocast(hidden.device.type, enabled=False):
             head = head.to(dtype)
-            if teacher is not None:
-                teacher_hidden, teacher_head = teacher[0], teacher[1].to(dtype)
+            comparison = comparisons(teacher, head, hidden, dtype, vocab)
             for chunk in _chunks(len(targets), _chunk_tokens(spec, vocab, hidden, teacher)):
                 h = hidden[chunk].to(dtype)
                 u = None if branch_input is None else branch_input[chunk].to(dtype)
                 # The largest tensors there are: none may outlive its use.
                 s = head.logits(h, stop=vocab, branch_input=u)
-                t = outside = None
-                if teacher is not None:
-                    h_t = teacher_hidden[chunk].to(dtype)
-                    t = teacher_head.logits(h_t, stop=vocab)
-                    if len(teacher_head.weight) > vocab:
-                        outside = teacher_head.logits(h_t, vocab).logsumexp(-1)
                 differentiate_chunk(
                     s,
-                    t,
+                    comparison(chunk),
                     targets[chunk],
                     spec,
                     sums,
                     gradient=any(wanted),
                     softcap=head.softcap,
-                    outside=outside,
                 )
-                del t
                 if not any(wanted):
                     continue
                 # From here on `s` holds the gradient with respect to the logits.
@@ -175,6 +184,9 @@ class _FusedSums(torch.autograd.Function):
                     s.mul_(head.logit_scale)
                 if d_hidden is not None:
                     d_hidden[chunk] = times(s, head.weight[:vocab])
+                    if isinstance(teacher, Projected):
+                        factor = spec.kd_ratio * teacher.temperature * head.logit_scale
+                        d_hidden[chunk].sub_(teacher.mean_row[chunk], alpha=factor)
                 if d_branch_input is not None:
                     assert head.branch is not None
                     d_branch_input[chunk] = times(s, head.branch[:vocab])
@@ -225,15 +237,55 @@ class _FusedSums(torch.autograd.Function):
         )
 
 
-def _chunk_tokens(
-    spec: Distillation, vocab: int, hidden: Tensor, teacher: tuple[Tensor, Head] | None
-) -> int:
+def comparisons(
+    teacher: Given | None, head: Head, hidden: Tensor, dtype: torch.dtype, vocab: int
+) -> Callable[[slice], Comparison | None]:
+    """What gives the teacher's numbers for one chunk of tokens after another.
+
+    Args:
+        teacher: What it gives for all of them.
+        head: The student's.
+        hidden: The student's.
+        dtype: Of the factors of products.
+        vocab: How many ids are shared.
+    """
+    if teacher is None:
+        return lambda chunk: None
+    if isinstance(teacher, Listed):
+        return ByList(teacher).at
+    if isinstance(teacher, HiddenStates):
+        states, teacher_head = teacher.hidden.detach(), teacher.head.to(dtype)
+
+        def logits(chunk: slice) -> Comparison:
+            h = states[chunk].to(dtype)
+            outside = None
+            t = teacher_head.logits(h, stop=vocab)
+            if len(teacher_head.weight) > vocab:
+                outside = teacher_head.logits(h, vocab).logsumexp(-1)
+            return ByLogits(t, outside)
+
+        return logits
+
+    def mean_logits(chunk: slice) -> Comparison:
+        # In float64 where the device has it: losses are differences of these.
+        precise = torch.float32 if hidden.device.type == "mps" else torch.float64
+        factors = hidden[chunk].to(dtype).to(precise), teacher.mean_row[chunk].to(precise)
+        mean = torch.linalg.vecdot(*factors)
+        if teacher.mean_bias is not None:
+            mean += teacher.mean_bias[chunk]
+        mean *= head.logit_scale
+        return ByMeanLogit(mean, teacher.entropy[chunk].to(precise), some(teacher.facts, chunk))
+
+    return mean_logits
+
+
+def _chunk_tokens(spec: Distillation, vocab: int, hidden: Tensor, teacher: Given | None) -> int:
     """How many tokens' logits fit into the memory that a chunk may take, at least one."""
     device = hidden.device
     gib, least = CHUNK_GIB.get(kind_of(device), CHUNK_GIB["cuda"])
     if spec.chunk_gib is not None:
         gib, least = spec.chunk_gib, 1
-    num_models = 1 if teacher is None else 2
+    num_models = 2 if isinstance(teacher, HiddenStates) else 1
     row = vocab * wide(hidden.dtype).itemsize
     # Beside the logits a block of them is there some five times over, as probabilities and so on.
     budget = gib * 2**30

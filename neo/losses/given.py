@@ -45,8 +45,9 @@ class Projected:
     r"""Forward KL at one temperature for a student whose head $W$ is frozen.
 
     With $p$ the teacher's probabilities at temperature $T$, $H$ their entropy, and student logits
-    $s = a (W h + b)$, $\mathrm{KL}(p \| q) = \mathrm{lse}(s / T) - a (c \cdot h + p \cdot b) / T - H$
-    with $c = W^\top p$: $d$ numbers of the teacher are enough.
+    $s = a (W h + b)$, the divergence $\mathrm{KL}(p \| q)$ is
+    $\mathrm{lse}(s / T) - a (c \cdot h + p \cdot b) / T - H$ with $c = W^\top p$: the $d$ numbers
+    of c are enough.
 
     Args:
         mean_row: c, the mean row of the student's head under the teacher.

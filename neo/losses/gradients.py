@@ -6,14 +6,17 @@ are in the softened logits: where a divergence has the slope g in the student's 
 they are q (g - <q, g>), blind to a constant in g.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neo.losses.distillation import Divergence
 from neo.losses.divergences import (
     adaptive_kl,
     adaptive_weights,
@@ -24,6 +27,7 @@ from neo.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
+from neo.losses.products import wide
 
 Rows = Float[Tensor, "block vocab"]
 PerToken = Float[Tensor, " block"]
@@ -163,3 +167,52 @@ CLOSED_FORMS: dict[Callable[..., PerToken], Callable[..., ValueAndGradient]] = {
     adaptive_kl: _adaptive_kl,
     total_variation: _total_variation,
 }
+
+
+def divergence_of(
+    x: Softened, divergence: Divergence, temperature: float, *, gradient: bool
+) -> ValueAndGradient:
+    """A divergence per token, times T^2, and its gradient in the student's logits if wanted.
+
+    By its closed form if it has one, else by autograd.
+
+    Args:
+        x: Both models at temperature 1.
+        divergence: A function of two logits and a temperature, or a partial of one.
+        temperature: T.
+        gradient: Whether it is wanted.
+    """
+    function = divergence
+    keywords: dict[str, Any] = {}
+    if isinstance(function, functools.partial) and not function.args:
+        keywords = function.keywords
+        function = function.func
+    if (closed_form := CLOSED_FORMS.get(function)) is not None:
+        value, slope = closed_form(softened(x, temperature), gradient=gradient, **keywords)
+        # T^2 by definition; the softened logits are the logits over T, which takes one T away.
+        return temperature**2 * value, None if slope is None else slope.mul_(temperature)
+    if not gradient:
+        return divergence(x.a, x.b, temperature=temperature), None
+    with torch.enable_grad():
+        leaf = x.a.detach().requires_grad_()
+        kd = divergence(leaf, x.b, temperature=temperature)
+        return kd.detach(), torch.autograd.grad(kd.sum(), leaf)[0]
+
+
+def softened(x: Softened, temperature: float) -> Softened:
+    """Models at temperature 1 at another one."""
+    if temperature == 1:
+        return x
+    a, b = x.a / temperature, x.b / temperature
+    q, p = a.softmax(-1), b.softmax(-1)
+    return Softened(a, b, q, p, log_partition(a.amax(-1), q), log_partition(b.amax(-1), p))
+
+
+def log_partition(top: PerToken, probabilities: Rows) -> PerToken:
+    """Log of the softmax's denominator, from the largest logit and the largest probability.
+
+    The largest probability is `exp(top) / Z`; reading Z off it saves a second pass of exponentials.
+    In float64 where the device has it: it is one number a token, and losses are differences of it.
+    """
+    precise = wide(top.dtype) if top.device.type == "mps" else torch.float64
+    return top.to(precise) - probabilities.amax(-1).to(precise).log()

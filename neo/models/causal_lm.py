@@ -170,7 +170,7 @@ class CausalLM:
     ) -> PreTrainedModel:
         """As `load`, but the head is not looked at; `source` goes to `from_pretrained`."""
         transformers_logging.disable_progress_bar()
-        dtype = torch.float32 if trained else self._dtype(device)
+        dtype = torch.float32 if trained else self.weight_dtype(device)
         if self.random_init:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -236,7 +236,8 @@ class CausalLM:
                         digest.update(opened.read())
         return {"hash": digest.hexdigest()[:16]}
 
-    def _dtype(self, device: torch.device) -> torch.dtype:
+    def weight_dtype(self, device: torch.device) -> torch.dtype:
+        """Of frozen weights, for a device: what `dtype` says, or what it means if it is `auto`."""
         if self.dtype != "auto":
             return getattr(torch, self.dtype)
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -64,6 +64,13 @@ _TABLE = (
     Metric("perf/init_s", "s", "time of the branch's initialisation", "lower", 2),
     Metric("perf/init_peak_mem_gib", "GiB", "largest memory of the initialisation", "lower", 3),
     Metric("perf/init_rows", "rows", "training rows the initialisation was computed from", None, 0),
+    Metric("cache/rows_read", "rows", "whose teacher targets were read", None, 0),
+    Metric("cache/rows_computed", "rows", "that the teacher ran over, to be kept", "lower", 0),
+    Metric("cache/wait_share", SHARE, "of the training time waiting for the cache", "lower", 2),
+    Metric("cache/bytes_per_token", "B", "that a supervised token takes on the disk", "lower", 0),
+    Metric("cache/mass_left_out", SHARE, "teacher probability that is not kept", "lower", 2),
+    Metric("cache/kd_error", NATS, "kd off the online teacher's, on rows of the cache", None, 6),
+    Metric("cache/gradient_error", "1", "norm of the gradient's error over its own", "lower", 6),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 

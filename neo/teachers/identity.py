@@ -22,7 +22,7 @@ _HASHED_ROWS = 4096
 
 def identity_of(
     *,
-    teacher: OnlineTeacher,
+    teacher: OnlineTeacher | None,
     teacher_dtype: str,
     tokenizer: Any,
     chat_template: str,
@@ -35,7 +35,7 @@ def identity_of(
     """All that a teacher's targets depend on, as plain data.
 
     Args:
-        teacher: Where the weights lie, and how they are quantised.
+        teacher: Where the weights lie, and how they are quantised; None leaves it out.
         teacher_dtype: In which it computes, such as "bfloat16"; never "auto".
         tokenizer: The student's, a fast one.
         chat_template: The Jinja text.
@@ -50,15 +50,9 @@ def identity_of(
     """
     if stored.kind == "projected" and student_head is None:
         raise ValueError("student_head=None: kind=projected is made with the student's head")
-    of_teacher: dict[str, Any] = {"path": teacher.path, **teacher.identity()}
-    of_teacher["dtype"] = teacher_dtype
-    of_teacher["quantization"] = teacher.quantization
-    if teacher.quantization == "int4":
-        of_teacher["quantization_group_size"] = teacher.group_size
-    if teacher.random_init:
-        of_teacher["random_init"] = True
+    of_teacher = {} if teacher is None else {"teacher": _teacher(teacher, teacher_dtype)}
     identity: dict[str, Any] = {
-        "teacher": of_teacher,
+        **of_teacher,
         "tokenizer": _tokenizer(tokenizer),
         "chat_template": _hash(chat_template.encode()),
         "data": {**_rows(data), "schema": schema},
@@ -135,6 +129,16 @@ def _leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _shown(leaves: Mapping[str, Any], key: str) -> str:
     # as JSON has it, so that a list is a tuple's equal
     return json.dumps(leaves[key]) if key in leaves else "nothing"
+
+
+def _teacher(teacher: OnlineTeacher, dtype: str) -> dict[str, Any]:
+    known: dict[str, Any] = {"path": teacher.path, **teacher.identity(), "dtype": dtype}
+    known["quantization"] = teacher.quantization
+    if teacher.quantization == "int4":
+        known["quantization_group_size"] = teacher.group_size
+    if teacher.random_init:
+        known["random_init"] = True
+    return known
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:

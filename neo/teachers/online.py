@@ -19,10 +19,11 @@ from neo.models.integer_weights import (
 from neo.models.quantization import KINDS
 from neo.models.sharding import sharded_teacher
 from neo.teachers.device import device_of
+from neo.teachers.keeping import Keeping
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineTeacher(CausalLM):
+class OnlineTeacher(Keeping, CausalLM):
     """A causal LM whose hidden states are computed as they are needed; `path=null` is no teacher.
 
     Args:
@@ -40,6 +41,8 @@ class OnlineTeacher(CausalLM):
             against an instruction-tuned one's. The student's ids are given to both models.
         offload: Keep its weights in the CPU's memory and copy each layer to the device as it is
             needed; where the teacher is split over processes.
+
+    What is kept of it in a cache stands in `neo.teachers.keeping`.
     """
 
     quantizations: ClassVar[tuple[str, ...]] = (*KINDS, *INTEGERS)
@@ -51,6 +54,7 @@ class OnlineTeacher(CausalLM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_keeping()
         size = self.quantization_group_size
         if size is not None and self.quantization != "int4":
             raise ValueError(
@@ -82,9 +86,10 @@ class OnlineTeacher(CausalLM):
             check_fit(model, self.quantization, self.group_size, device)
         return model
 
-    def _dtype(self, device: torch.device) -> torch.dtype:
+    def weight_dtype(self, device: torch.device) -> torch.dtype:
+        """As a student's, but for what int4 computes in."""
         automatic = self.quantization == "int4" and self.dtype == "auto"
-        return torch.bfloat16 if automatic else super()._dtype(device)
+        return torch.bfloat16 if automatic else super().weight_dtype(device)
 
     def _quantized(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         if self.quantization not in INTEGERS:

@@ -16,7 +16,7 @@ from neo.teachers.shards import StoredRow
 from neo.teachers.stored import Stored
 
 # numpy has no bfloat16: its bits travel as whole numbers.
-_TORCH = {
+TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -155,7 +155,7 @@ def _nats(columns: Sequence[np.ndarray], field: Field) -> np.ndarray:
 
 def _values(columns: Sequence[np.ndarray], field: Field, num_tokens: int) -> Tensor:
     """Values in the dtype they are kept in, copied once."""
-    dtype = _TORCH[field.dtype]
+    dtype = TORCH_DTYPES[field.dtype]
     width = int(field.width)
     values = torch.empty(num_tokens * width, dtype=dtype)
     bits = values.view(torch.int16) if dtype == torch.bfloat16 else values

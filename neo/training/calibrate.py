@@ -1,6 +1,6 @@
 """What a data-driven start is computed from: the first rows of training and the run's loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -8,13 +8,14 @@ from transformers import PreTrainedModel
 from neo.data.packing import Batch
 from neo.data.prompt import IGNORE
 from neo.losses.distillation import Distillation
+from neo.losses.given import Given
 from neo.models.calibration import Calibration, CalibrationBatch
 from neo.training.token_loss import batch_sums
 
 
 def calibration_of(
     batches: Sequence[Batch],
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Callable[[Batch], Given] | None,
     spec: Distillation,
     vocab: int,
 ) -> Calibration:
@@ -22,7 +23,8 @@ def calibration_of(
 
     Args:
         batches: Of training, at least one, on the device of the models.
-        teacher: None where it is not in the loss.
+        teacher: The model, or what says what it gives for a batch; None where it is not in the
+            loss.
         spec: The loss.
         vocab: Ids that both models share.
     """
@@ -31,7 +33,10 @@ def calibration_of(
 
     def backward(model: PreTrainedModel) -> None:
         for batch in batches:
-            batch_sums(model, teacher, batch, spec, vocab, kd_positions=positions).loss.backward()
+            given = teacher
+            if teacher is not None and not isinstance(teacher, PreTrainedModel):
+                given = teacher(batch)
+            batch_sums(model, given, batch, spec, vocab, kd_positions=positions).loss.backward()
 
     return Calibration([_tokens(batch) for batch in batches], backward)
 

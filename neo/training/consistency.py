@@ -16,6 +16,7 @@ from neo.training.pruning import prune_problems
 from neo.training.strategies import SHARDINGS
 from neo.training.trainer import trainer_problems
 
+CACHED = "neo.teachers.cached.CachedTeacher"
 METHODS = ("sft", "lora", "kd", "neo")
 
 
@@ -90,6 +91,8 @@ def _spread_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"sharding=teacher: goes with trainer=ddp, and trainer.strategy={strategy!r}{also}"
     elif sharding == "teacher" and not teacher.get("path"):
         yield "sharding=teacher: there is no teacher; set teacher.path or sharding=null"
+    elif sharding == "teacher" and teacher.get("_target_") == CACHED:
+        yield "sharding=teacher: a cached teacher has nothing to split; use sharding=null"
     if teacher.get("offload") and not split:
         yield (
             "teacher.offload=true: is for a teacher that is split over the processes; use "

@@ -18,7 +18,8 @@ from neo.models.traffic import (
     sharded_teacher_traffic,
 )
 from neo.training.devices import num_processes, on_gpu
-from neo.training.step_cost import AUTOCAST, StepCost, Workload, count_step
+from neo.training.step_cost import AUTOCAST, StepCost, count_step
+from neo.training.workload import Workload
 
 GIB = 2**30
 BACKWARD = ("backward", "recomputation")

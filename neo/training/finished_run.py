@@ -15,6 +15,7 @@ from neo.losses.distillation import Distillation
 from neo.models.causal_lm import CausalLM
 from neo.models.student import inner
 from neo.models.trained import load_trained
+from neo.teachers.cached import CachedTeacher
 from neo.teachers.online import OnlineTeacher
 
 CPU = torch.device("cpu")
@@ -73,7 +74,9 @@ class FinishedRun:
         Raises:
             ValueError: It had none.
         """
-        spec: OnlineTeacher = build(self.config["teacher"])
+        spec: OnlineTeacher | CachedTeacher = build(self.config["teacher"])
+        if isinstance(spec, CachedTeacher):
+            spec = spec.teacher()
         if spec.path is None:
             raise ValueError(f"run={self.folder}: had no teacher (teacher.path=null)")
         return spec.load_frozen(device).to(device).model

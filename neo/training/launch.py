@@ -55,6 +55,15 @@ def is_first_process() -> bool:
     return not in_process_group() or rank == "0"
 
 
+def place_in_group() -> tuple[int, int]:
+    """This process's rank among those that were started together, and how many they are."""
+    if not in_process_group():
+        return 0, 1
+    by_torch = "TORCHELASTIC_RUN_ID" in os.environ
+    names = ("RANK", "WORLD_SIZE") if by_torch else ("SLURM_PROCID", "SLURM_NTASKS")
+    return int(os.environ[names[0]]), int(os.environ[names[1]])
+
+
 def tell_launcher(error: BaseException) -> None:
     """Leaves word of why this process ends, for whoever started it and the others."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -71,7 +80,12 @@ def end_with_launcher() -> None:
 
 
 def run_processes(
-    num_processes: int, overrides: Sequence[str], hydra_overrides: Sequence[str] = ()
+    num_processes: int,
+    overrides: Sequence[str],
+    hydra_overrides: Sequence[str] = (),
+    *,
+    module: str = "neo.train",
+    own: Sequence[str] = (),
 ) -> None:
     """Runs one job in so many processes of this machine and waits for them.
 
@@ -79,13 +93,15 @@ def run_processes(
         num_processes: One per device.
         overrides: The job's, as Hydra took them.
         hydra_overrides: Those of Hydra itself.
+        module: The command.
+        own: Its arguments that Hydra does not know.
 
     Raises:
         ProcessesFailed: The first process that failed, by its own account or by how it ended.
     """
     # where configs lie is said to Hydra; the rest of what it is told is of the sweep
     searched = [a for a in hydra_overrides if a.startswith("hydra.searchpath")]
-    arguments = [*overrides, *searched, "hydra.mode=RUN"]
+    arguments = [*overrides, *searched, "hydra.mode=RUN", *own]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     values = {LAUNCHED: "1"}
     if "OMP_NUM_THREADS" not in os.environ:  # as torchrun does, so that they leave each other cores
@@ -93,7 +109,7 @@ def run_processes(
     with TemporaryDirectory() as accounts, _environment(values), _signals_sent_on():
         config = _launch_config(num_processes, accounts)
         try:
-            elastic_launch(config, sys.executable)("-m", "neo.train", *arguments)
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
             raise ProcessesFailed(*_first(error.failures)) from None
 

@@ -9,14 +9,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from neo.config import SPECS, ConfigError, build
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
 from neo.data.files import MalformedFile
 from neo.data.loader import TooManyBadRows
+from neo.data.peek import peek
 from neo.models.causal_lm import CausalLM
 from neo.models.head import head_of
 from neo.models.student import build_meta_student, inner, trained_parameters
 from neo.models.tokenizers import num_token_ids, tokenizer_differences
 from neo.models.variants import Variant
+from neo.teachers.cached import CachedTeacher
 from neo.teachers.online import OnlineTeacher
 from neo.training.optim import AdamW
 
@@ -139,7 +141,7 @@ def _problems_of_groups(optim: AdamW, meeting: Meeting) -> list[str]:
 
 def meet(
     student: CausalLM,
-    teacher: OnlineTeacher | None,
+    teacher: OnlineTeacher | CachedTeacher | None,
     lora: Variant,
     max_length: int,
     *,
@@ -149,7 +151,7 @@ def meet(
 
     Args:
         student: The base.
-        teacher: None where there is none.
+        teacher: None where there is none; a cache is looked at by `find_teaching`.
         lora: The branch.
         max_length: Of a sequence, in tokens.
         tokenizers: Ask them which ids are shared. Without, the shorter head says how many.
@@ -160,6 +162,8 @@ def meet(
     problems: list[str] = []
     notes: list[str] = []
     models: dict[str, CausalLM] = {"student": student}
+    if isinstance(teacher, CachedTeacher):
+        teacher = None
     if teacher is not None:
         models["teacher"] = teacher
     asked, metas = {}, {}

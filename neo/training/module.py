@@ -10,19 +10,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from neo.data.datamodule import first_batches
 from neo.data.packing import Batch
 from neo.losses.distillation import Distillation, TokenSums
-from neo.models.calibration import Calibration
+from neo.losses.given import Given
 from neo.models.causal_lm import CausalLM
 from neo.models.head import gathered
 from neo.models.hidden import check_packing
 from neo.models.sharding import decoder_layers, is_sharded, reshard
-from neo.models.start import Start, attach_branch, is_computed, needs_rows, start_of
+from neo.models.start import Start, start_of
 from neo.models.student import inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
-from neo.training.calibrate import calibration_of
+from neo.training.attaching import attached
+from neo.training.cached_targets import CachedTargets
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.loggers import wandb_id
 from neo.training.optim import AdamW
@@ -39,12 +39,13 @@ class NeoModule(L.LightningModule):
 
     Args:
         student: What is loaded as the student's base.
-        teacher: None where no teacher is wanted.
+        teacher: None where no teacher is loaded.
         lora: The branch, or all weights.
         loss: The weighted sum of cross-entropy and divergence.
         optim: Optimizer and schedule.
         vocab: Ids that student and teacher share: [0, vocab). Rows of a head beyond are padding.
         seed: Of the branch's initial weights.
+        cached: What it is asked in place of the teacher, which then computes what is lacking.
         start: Of the branch, where a run goes on: it is not computed again.
         memory: Of the run, in which the branch's initialisation is measured.
         compile_layers: Give the decoder layers of both models to `torch.compile`.
@@ -64,6 +65,7 @@ class NeoModule(L.LightningModule):
         *,
         vocab: int,
         seed: int = 0,
+        cached: CachedTargets | None = None,
         start: Start | None = None,
         memory: PeakMemory | None = None,
         compile_layers: bool = False,
@@ -71,7 +73,7 @@ class NeoModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.compile_layers = compile_layers
-        self.specs = (student, teacher, lora)
+        self.specs, self.cached = (student, teacher, lora), cached
         self.start, self.memory = start, memory or PeakMemory()
         self.init_metrics: dict[str, float] = {}  # what it took to initialise the branch
         self.loss, self.optim, self.vocab, self.seed = loss, optim, vocab, seed
@@ -103,7 +105,7 @@ class NeoModule(L.LightningModule):
             if base is None:
                 self.student = split_student(self)
             else:
-                self.student = self._attached(base, lora, device)
+                self.student = attached(self, base, lora, device)
         self.init_metrics["perf/init_s"] = time.perf_counter() - began
         if "gib" in measured:
             self.init_metrics["perf/init_peak_mem_gib"] = measured["gib"]
@@ -127,43 +129,6 @@ class NeoModule(L.LightningModule):
                         layer.forward = torch.compile(layer.forward, dynamic=True)
         self.built = True
 
-    def _attached(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
-        """The base with its branch; a start is computed by the first process and given to all."""
-        computes = is_computed(lora.adapter) and self.start is None
-        if not computes or self._trainer is None or self.trainer.world_size == 1:
-            return self.attach_here(base, lora, device)
-        first = self.trainer.is_global_zero
-        student = self.attach_here(base, lora, device) if first else None
-        start = self.trainer.strategy.broadcast(None if student is None else start_of(student))
-        return attach_branch(base, lora, self.seed, start) if student is None else student
-
-    def attach_here(self, base: PreTrainedModel, lora: Variant, device: torch.device) -> nn.Module:
-        """The base with its branch, whose start is computed in this process if it is not known."""
-        calibration = None
-        if self.start is None and needs_rows(lora.adapter):
-            calibration = self.calibration(base, lora, device)
-        return attach_branch(base, lora, self.seed, self.start, calibration)
-
-    def calibration(
-        self, base: PreTrainedModel, lora: Variant, device: torch.device
-    ) -> Calibration | None:
-        """The first rows of training, with both models where these rows are run."""
-        data = getattr(self._trainer, "datamodule", None)
-        if data is None:
-            return None
-        batches = first_batches(data, lora.calibration_rows)
-        self.init_metrics["perf/init_rows"] = sum(batch.num_rows for batch in batches)
-        base.to(device)
-        teacher = None
-        if self.teacher is not None and self.loss.kd_ratio > 0:
-            # One process cannot run a teacher that is split over all.
-            whole = self.teacher
-            if is_sharded(whole.model):
-                whole = cast(OnlineTeacher, self.specs[1]).load_frozen(device)
-            teacher = whole.to(device).model
-        on_device = [batch.to(device) for batch in batches]
-        return calibration_of(on_device, teacher, self.loss, self.vocab)
-
     def token_sums(
         self, batch: Batch, *, with_teacher: bool, kd_positions: str = "aligned"
     ) -> TokenSums:
@@ -171,7 +136,7 @@ class NeoModule(L.LightningModule):
         student = inner(self.student)
         sums = batch_sums(
             student,
-            self.teacher.model if with_teacher and self.teacher is not None else None,
+            self.teaching(batch) if with_teacher else None,
             batch,
             self.loss,
             self.vocab,
@@ -182,6 +147,14 @@ class NeoModule(L.LightningModule):
         if self.teacher is not None:
             reshard(self.teacher.model)
         return sums
+
+    def teaching(self, batch: Batch) -> PreTrainedModel | Given | None:
+        """The teacher, or what it gives for a batch where that is kept; None without one."""
+        model = None if self.teacher is None else self.teacher.model
+        if self.cached is None:
+            return model
+        reduce = self.trainer.strategy.reduce if model is not None and is_sharded(model) else None
+        return self.cached.given(batch, model, inner(self.student), reduce=reduce)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """The loss as a sum over tokens; `on_before_optimizer_step` divides, once."""

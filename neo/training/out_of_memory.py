@@ -19,7 +19,7 @@ _PARTS = (
     ("torch/optim/", "", "the optimizer's step"),
     ("lightning/pytorch/loops/optimization/", "", None),
     ("neo/losses/", "", "the loss"),
-    ("neo/training/token_loss.py", "of_teacher = ", "the teacher's forward pass"),
+    ("neo/training/token_loss.py", "given_by(", "the teacher's forward pass"),
     ("neo/training/token_loss.py", "of_student = ", "the student's forward pass"),
     ("neo/training/module.py", ".load", "loading a model"),
     ("neo/models/sharding.py", "", "loading a model"),

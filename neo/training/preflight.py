@@ -3,24 +3,28 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from neo.config import ConfigError
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
+from neo.data.peek import peek
 from neo.losses.fused import CHUNK_GIB
+from neo.teachers.cached import CachedTeacher
+from neo.teachers.keeping import Keeping
 from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
 from neo.training.meet import CannotRun, Meeting, meet, meet_all, meet_architectures
 from neo.training.plan_table import short
-from neo.training.step_cost import Workload
+from neo.training.run_cache import find_teaching
+from neo.training.workload import Workload
 
 SAMPLE = 4  # batches that are looked at for the share of supervised tokens
 KEY = "trainer.device_memory_gib"
 # What a plan depends on; the rest of a config changes neither bytes nor FLOPs.
-DEPENDS_ON = ("student", "teacher", "lora", "loss")
+DEPENDS_ON = ("student", "lora", "loss")
 # Of the optimizer these change nothing that is counted or checked against models.
 RATES = ("lr", "base_lr", "weight_decay", "warmup_ratio")
 # Plans of this process: the runs of a sweep often differ in rate and seed alone.
@@ -53,6 +57,10 @@ def sample_of(
     known = _met.get(key)
     sample: Sequence[Batch] = []
     note = None
+    if offline and isinstance(specs["teacher"], CachedTeacher):
+        raise ConfigError(
+            ["offline=true: a cache says what it is for by tokenizers and rows; leave it out"]
+        )
     if offline:
         meeting = meet_architectures(specs, known)
         note = (
@@ -68,6 +76,7 @@ def sample_of(
             what = "; ".join(error.problems)
             note = f"all tokens are counted as supervised, since {what}"
         else:
+            specs.update(find_teaching(config, specs, meeting.vocab, data))
             sample = peek(data, SAMPLE)
     _met[key] = meeting
     return sample, meeting, note
@@ -134,12 +143,22 @@ def _what_counts(
     return json.dumps(
         [
             {name: config[name] for name in DEPENDS_ON} | {"loss": config["loss"] | asked},
+            _teacher_counts(config, specs),
             {name: value for name, value in config["optim"].items() if name not in RATES},
             [trainer.get("precision"), trainer.get("gradient_clip_val")],
             [str(workload), str(placement)],
         ],
         sort_keys=True,
     )
+
+
+def _teacher_counts(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Any:
+    """What a plan depends on of the teacher: the model that is loaded, or what is read instead."""
+    cache = specs.get("cache")
+    if cache is not None and specs["teacher"] is None:
+        return [str(cache.stored), str(cache.shapes)]
+    keeping = {field.name for field in fields(Keeping)}
+    return {key: value for key, value in config["teacher"].items() if key not in keeping}
 
 
 def _plan(

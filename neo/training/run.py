@@ -29,6 +29,8 @@ from neo.results.records import (
     write_atomically,
     write_record,
 )
+from neo.training.cache_report import cache_metrics
+from neo.training.cached_targets import CachedTargets
 from neo.training.callbacks import ProgressBar, Throughput
 from neo.training.checkpoint_callback import Checkpoints
 from neo.training.checkpoints import newest_good, remove_checkpoints
@@ -42,6 +44,7 @@ from neo.training.metrics_file import MetricsFile
 from neo.training.module import NeoModule
 from neo.training.peak_memory import PeakMemory
 from neo.training.pruning import pruning
+from neo.training.run_cache import RunCache
 from neo.training.run_labels import RunLabels
 from neo.training.signals import Interrupted, StopSignals, requeue
 from neo.training.skipped_steps import DivergedError
@@ -67,6 +70,7 @@ class Run:
         self.config, self.identity, self.folder = config, identity, folder
         self.specs, self.meeting, self.data = specs, meeting, data
         self.metrics: dict[str, float] = {}
+        self.cached = self._cached()
         self.throughput, self.memory = Throughput(), PeakMemory()
         self.checkpoints = Checkpoints(
             folder / "checkpoints", config["checkpoint_every_n_steps"],
@@ -77,6 +81,17 @@ class Run:
         self.num_tokens: int | None = None
         self.report: RowReport | None = None  # of all processes, where they came to the end
         self.peak_gib: float | None = None
+
+    def _cached(self) -> CachedTargets | None:
+        """What reads the run's cache, a batch ahead of every step that asks for it."""
+        cache: RunCache | None = self.specs["cache"]
+        if cache is None:
+            return None
+        cached = CachedTargets(cache, self.data.train_stream().pad_id)
+        if self.specs["loss"].kd_ratio > 0:
+            self.data.prepare["train"] = cached.prepare(0)
+        self.data.prepare["val"] = cached.prepare(self.data.val_part)
+        return cached
 
     def launch(self, num: int) -> RunRecord:
         """Trains in so many processes; the first of them writes the record.
@@ -135,6 +150,8 @@ class Run:
         except BaseException as exception:
             status, raised = ended_by(exception, self.config)
             error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        if self.cached is not None:
+            self.cached.close()
         record = None
         if is_first_process():
             record, unwritten = self._write(status, error)
@@ -175,7 +192,8 @@ class Run:
                 role: {"path": spec.path} | spec.identity()
                 for role in ("student", "teacher")
                 if (spec := self.specs[role]) is not None
-            },
+            }
+            | ({} if self.cached is None else {"teacher": self.cached.cache.model_record()}),
             data={
                 "path": self.config["data"].get("path", "mini"),
                 "num_rows": self.data.num_rows,
@@ -216,6 +234,7 @@ class Run:
             **{key: self.specs[key] for key in ("student", "teacher", "lora", "loss", "optim")},
             vocab=self.meeting.vocab,
             seed=config["seed"],
+            cached=self.cached,
             start=start,
             memory=self.memory,
             compile_layers=config["torch_compile"],
@@ -251,6 +270,8 @@ class Run:
             (last,) = trainer.validate(module, datamodule=self.data, verbose=False)
             self.metrics |= {k: float(v) for k, v in last.items()}
             self.checkpoints.score(trainer, last["val/loss"])
+        if self.cached is not None:
+            self.metrics |= cache_metrics(self.cached, module, self.data, self.throughput.seconds)
         student = whole_student(module)
         if student is not None:
             self._finish(student, saved=self.checkpoints.written == trainer.global_step)

@@ -8,6 +8,7 @@ from torch import nn
 from neo.models.sharding import is_sharded, sharded_student
 from neo.models.start import is_computed, start_of
 from neo.models.student import build_student, inner
+from neo.training.attaching import attached_here
 
 if TYPE_CHECKING:
     from neo.training.module import NeoModule
@@ -26,7 +27,7 @@ def split_student(module: "NeoModule") -> nn.Module:
         if module.trainer.is_global_zero:
             base = student.load(strategy.root_device, trained=False, seed=module.seed)
             base.to(strategy.root_device)
-            start = start_of(module.attach_here(base, lora, strategy.root_device))
+            start = start_of(attached_here(module, base, lora, strategy.root_device))
             del base
         start = strategy.broadcast(start)
     mixed = module.trainer.precision == "bf16-mixed" and lora.adapter is None

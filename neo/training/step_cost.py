@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from neo.data.packing import Batch
 from neo.losses.chunk import sized_for
+from neo.losses.given import Given
 from neo.models.causal_lm import CausalLM
 from neo.models.integer_weights import GROUP_SIZE
 from neo.models.memory import (
@@ -28,8 +29,10 @@ from neo.models.memory import (
 )
 from neo.models.student import build_meta_student, inner, trained_parameters
 from neo.models.traffic import Units, units_of
+from neo.teachers.stand_in import stand_in
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.token_loss import batch_sums
+from neo.training.workload import Workload
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16,
             "16-mixed": torch.float16, "16": torch.float16}  # fmt: skip
@@ -56,32 +59,6 @@ PARTS = (
     "temporaries",  # of the optimizer
     "batch",
 )
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one process is given at a time.
-
-    Args:
-        batch_size: Sequences of a micro-batch.
-        length: Tokens of a sequence.
-        num_supervised: Of the tokens of a micro-batch.
-        packing: Whether sequences hold several examples, which takes an attention mask.
-        vocab: Ids that the models share.
-        accumulate: Micro-batches of an optimizer step.
-    """
-
-    batch_size: int
-    length: int
-    num_supervised: int
-    packing: bool
-    vocab: int
-    accumulate: int = 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Of a micro-batch, padding included."""
-        return self.batch_size * self.length
 
 
 @dataclass(frozen=True)
@@ -292,14 +269,18 @@ class _Count:
     def _forward(self) -> torch.Tensor:
         """The loss of a micro-batch, as `NeoModule.training_step` takes it."""
         loss_spec, size = self.specs["loss"], self.workload
-        distils = self.teacher is not None and loss_spec.kd_ratio > 0
+        given: PreTrainedModel | Given | None = self.teacher
+        if given is None and (cache := self.specs.get("cache")) is not None:
+            with self.counter.counting("batch"):
+                given = stand_in(cache.stored, cache.shapes, size.num_supervised)
+        distils = given is not None and loss_spec.kd_ratio > 0
         with (
             self.counter.counting("loss chunk", "loss"),
             torch.autocast("cpu", self.autocast) if self.autocast else nullcontext(),
         ):
             sums = batch_sums(
                 inner(self.student),
-                self.teacher if distils else None,
+                given if distils else None,
                 self.batch,
                 loss_spec,
                 size.vocab,

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from neo.data.datamodule import DataModule, peek
+from neo.data.datamodule import DataModule
+from neo.data.peek import peek
 from neo.data.prompt import IGNORE
 from neo.results.metrics import metric_info
 from neo.results.records import RunRecord
@@ -49,7 +50,11 @@ def print_plan(
     table.add_row("trained", f"{what}: {', '.join(sorted(kinds))}")
     teacher = config["teacher"].get("path")
     size = f"{teacher}  {meeting.num_teacher_parameters:,} parameters" if teacher else "none"
+    if (cache := specs.get("cache")) is not None:
+        size = cache.describe()
     table.add_row("teacher", size)
+    if note := specs.get("cache_note"):
+        table.add_row("note", escape(note))
     loss, optim = specs["loss"], specs["optim"]
     divergence = getattr(loss.divergence, "func", loss.divergence).__name__
     table.add_row(

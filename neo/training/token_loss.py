@@ -11,14 +11,15 @@ from neo.data.packing import Batch
 from neo.data.prompt import IGNORE
 from neo.losses.distillation import Distillation, TokenSums
 from neo.losses.fused import fused_sums
+from neo.losses.given import Given, HiddenStates
 from neo.losses.head import Head
-from neo.models.head import head_of
+from neo.models.head import OutputHead, head_of
 from neo.models.hidden import hidden_states
 
 
 def batch_sums(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Given | None,
     batch: Batch,
     spec: Distillation,
     vocab: int,
@@ -29,7 +30,8 @@ def batch_sums(
 
     Args:
         student: Its trained weights get gradient.
-        teacher: None where none is to be compared with.
+        teacher: A model, or what it has given for the supervised tokens of the batch; None where
+            none is to be compared with.
         batch: Tokens and aligned targets.
         spec: Divergence, ratio and temperature; its own `kd_positions` is for training alone.
         vocab: Ids that both models share.
@@ -41,14 +43,14 @@ def batch_sums(
     compared = one_later(supervised) if released else supervised
     used = supervised | compared
     of_student = outputs_of(student, batch, used)
-    of_teacher = None
-    if teacher is not None:
-        with torch.no_grad():
-            of_teacher = outputs_of(teacher, batch, used)
-    if released and of_teacher is not None:
+    is_model = isinstance(teacher, PreTrainedModel)
+    given = given_by(teacher, batch, used) if is_model else teacher
+    if released:
+        if not (is_model and isinstance(given, HiddenStates)):
+            raise ValueError("loss.kd_positions=release: needs a teacher that runs beside it")
         which = (supervised[used], compared[used])
-        return _release_sums(of_student, of_teacher, *which, targets, spec, vocab)
-    return _sums(of_student, of_teacher, targets, spec, vocab)
+        return _release_sums(of_student, given, *which, targets, spec, vocab)
+    return _sums(of_student, given, targets, spec, vocab)
 
 
 def one_later(which: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch length"]:
@@ -80,6 +82,15 @@ class Outputs:
         return self.head.to(dtype).logits(self.hidden.detach(), stop=vocab, branch_input=branch)
 
 
+def given_by(
+    teacher: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch length"]
+) -> HiddenStates:
+    """What a teacher that is there gives for the tokens chosen."""
+    with torch.no_grad():
+        outputs = outputs_of(teacher, batch, which)
+    return HiddenStates(hidden=outputs.hidden, head=outputs.head)
+
+
 def outputs_of(
     model: PreTrainedModel, batch: Batch, which: Bool[Tensor, "batch length"]
 ) -> Outputs:
@@ -88,23 +99,24 @@ def outputs_of(
     # Of a teacher on a device of its own, nothing but the tokens wanted travels.
     hidden = hidden[which.to(hidden.device)].to(which.device)
     head = head_of(model)
-    lora = head.lora
-    return Outputs(
-        hidden,
-        None if lora is None else lora.states(hidden),
-        Head(
-            weight=head.weight,
-            bias=head.bias,
-            branch=None if lora is None else lora.up,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        ),
+    branch = None if head.lora is None else head.lora.states(hidden)
+    return Outputs(hidden, branch, factors_of(head))
+
+
+def factors_of(head: OutputHead) -> Head:
+    """A model's head as the loss takes it."""
+    return Head(
+        weight=head.weight,
+        bias=head.bias,
+        branch=None if head.lora is None else head.lora.up,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
     )
 
 
 def _sums(
     student: Outputs,
-    teacher: Outputs | None,
+    teacher: Given | None,
     targets: Int64[Tensor, " tokens"],
     spec: Distillation,
     vocab: int,
@@ -114,8 +126,7 @@ def _sums(
     return fused_sums(
         student.hidden,
         student.head,
-        None if teacher is None else teacher.hidden,
-        None if teacher is None else teacher.head,
+        teacher,
         targets,
         spec,
         vocab,
@@ -126,7 +137,7 @@ def _sums(
 
 def _release_sums(
     student: Outputs,
-    teacher: Outputs,
+    teacher: HiddenStates,
     supervised: Bool[Tensor, " used"],
     compared: Bool[Tensor, " used"],
     targets: Int64[Tensor, " tokens"],
@@ -140,7 +151,8 @@ def _release_sums(
     computed twice. All but `kd` is measured where the cross-entropy is taken.
     """
     at, later = (
-        (student.at(which), teacher.at(which), targets) for which in (supervised, compared)
+        (student.at(which), replace(teacher, hidden=teacher.hidden[which]), targets)
+        for which in (supervised, compared)
     )
     ce = _sums(*at, replace(spec, kd_ratio=0), vocab, measure=True)
     # The targets are not those of these positions; with kd_ratio 1 nothing depends on them.

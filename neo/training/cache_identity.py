@@ -1,0 +1,70 @@
+"""What a run's cache is: what is kept of its teacher, and what names it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from neo.data.datamodule import DataModule
+from neo.losses.head import Head
+from neo.teachers.identity import identity_of
+from neo.teachers.online import OnlineTeacher
+from neo.teachers.stored import Stored
+from neo.training.devices import on_gpu
+from neo.training.step_cost import AUTOCAST, planned_dtype
+
+
+def teacher_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the teacher's weights in a run, before they are read."""
+    if teacher.quantization == "int4" and teacher.dtype == "auto":
+        return torch.bfloat16
+    own = torch.device(teacher.device).type if teacher.device else None
+    return planned_dtype(teacher, own or ("cuda" if on_gpu(trainer) else "cpu"))
+
+
+def hidden_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which a run's loss multiplies the teacher's hidden states."""
+    autocast = AUTOCAST.get(str(trainer.get("precision", "32-true")))
+    return autocast or teacher_dtype(teacher, trainer)
+
+
+def spelt_dtype(dtype: torch.dtype) -> str:
+    """Its name.
+
+    Example:
+        >>> spelt_dtype(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def cache_identity(
+    config: Mapping[str, Any],
+    teacher: OnlineTeacher | None,
+    data: DataModule,
+    stored: Stored,
+    vocab: int,
+    student_head: Head | None,
+) -> dict[str, Any]:
+    """What names a run's cache.
+
+    Args:
+        config: Of the run.
+        teacher: None leaves it out: a cache that is given says which it was.
+        data: Its rows, opened.
+        stored: What is kept, resolved.
+        vocab: Ids that both models share.
+        student_head: Of kind `projected` alone.
+    """
+    dtype = "" if teacher is None else spelt_dtype(teacher_dtype(teacher, config["trainer"]))
+    return identity_of(
+        teacher=teacher,
+        teacher_dtype=dtype,
+        tokenizer=data.encoder.tokenizer,
+        chat_template=data.encoder.template,
+        data=data.data,
+        schema=data.schema,
+        stored=stored,
+        vocab=vocab,
+        student_head=student_head,
+    )

@@ -1,0 +1,267 @@
+"""Which cache a run reads its teacher's targets from, and whether the teacher must run as well."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from neo.config import ConfigError
+from neo.data.datamodule import DataModule
+from neo.data.rows import BadRow
+from neo.losses.distillation import Distillation
+from neo.losses.head import Head
+from neo.models.head_weights import read_head
+from neo.teachers.cached import CachedTeacher
+from neo.teachers.durable import CacheError
+from neo.teachers.fields import Shapes
+from neo.teachers.head_file import HEAD
+from neo.teachers.head_file import read_head as read_head_file
+from neo.teachers.identity import differences, name_of
+from neo.teachers.manifest import UNFINISHED
+from neo.teachers.online import OnlineTeacher
+from neo.teachers.store import CacheFolder
+from neo.teachers.stored import Stored
+from neo.training.cache_identity import (
+    cache_identity,
+    hidden_dtype,
+    spelt_dtype,
+)
+from neo.training.cache_models import head_changes, heads_of, meta_head
+from neo.training.token_loss import factors_of
+
+CERTIFICATE = "certificate.json"  # of a cache that grows
+# So many rows that a cache lacks are looked at: a bad row is in none, and no batch asks for it.
+MAX_LOOKED_AT = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCache:
+    """A cache as one run uses it.
+
+    Args:
+        path: Of its folder.
+        folder: Opened; None where nothing is there yet.
+        stored: What is kept.
+        shapes: Of the models.
+        identity: What it is made of.
+        grows: The run stores what it lacks.
+        num_lacking: Rows of the run that it lacks; None where that is not known.
+        source: The teacher whose head hidden states need, and which computes what is lacking.
+    """
+
+    path: Path
+    folder: CacheFolder | None
+    stored: Stored
+    shapes: Shapes
+    identity: Mapping[str, Any]
+    grows: bool
+    num_lacking: int | None
+    source: OnlineTeacher | None
+
+    @property
+    def name(self) -> str:
+        """By which runs find it."""
+        return name_of(self.identity)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run must have the teacher beside it."""
+        return self.num_lacking != 0
+
+    def model_record(self) -> dict[str, str]:
+        """What a run's record says of its teacher."""
+        known = {key: str(value) for key, value in self.identity["teacher"].items()}
+        return {**known, "cache": self.name}
+
+    def teacher_head(self, device: torch.device) -> Head:
+        """The teacher's, of kind hidden: it lies beside the rows, or with the teacher."""
+        if self.folder is not None and HEAD in self.folder.manifest.files:
+            return read_head_file(self.folder, device)
+        assert self.source is not None
+        head = factors_of(read_head(self.source, device, trained=False))
+        bias = None if head.bias is None else head.bias.to(device)
+        return replace(head, weight=head.weight.to(device), bias=bias)
+
+    def certificate(self, folder: CacheFolder | None = None) -> dict[str, Any] | None:
+        """What is known of its errors; None where nobody has measured them.
+
+        Args:
+            folder: Where the run has opened it since.
+        """
+        folder = folder or self.folder
+        if folder is None:
+            return None
+        if folder.manifest.finished:
+            return dict(folder.manifest.certificate)
+        try:
+            return json.loads((self.path / CERTIFICATE).read_bytes())
+        except (OSError, ValueError):  # a growing cache has none before its first run has ended
+            return None
+
+    def describe(self) -> str:
+        """One line for whoever starts the run."""
+        kind = (
+            self.stored.kind
+            if self.stored.values is None
+            else (f"{self.stored.kind}, {self.stored.values}")
+        )
+        head = f"cache {self.path} ({kind})"
+        if self.folder is None:
+            return f"{head}: is begun by this run, which stores what it computes"
+        if self.num_lacking == 0:
+            return f"{head}: holds every row of this run; no teacher is loaded"
+        lacking = "an unknown number of" if self.num_lacking is None else f"{self.num_lacking:,}"
+        return f"{head}: {len(self.folder):,} rows; this run computes and stores {lacking} rows"
+
+
+def find_teaching(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
+) -> dict[str, Any]:
+    """The run's specs with the teacher that is loaded, if any, and the cache, if there is one.
+
+    `cache_note` says what a run that asked for a cache does without one.
+
+    Args:
+        config: Of the run.
+        specs: What it says.
+        vocab: Ids that its models share.
+        data: Its rows, opened.
+
+    Raises:
+        ConfigError: The cache is damaged, is another one, lacks rows, or does not give the loss.
+    """
+    teacher, cache, note = specs["teacher"], None, None
+    if isinstance(teacher, CachedTeacher):
+        cache = _given_cache(config, specs, vocab, data)
+    elif teacher is not None and teacher.cache is not None:
+        cache = _own_cache(config, specs, vocab, data)
+        if cache is None:
+            note = "its cache is not finished, neo.cache writes it: this run computes online"
+    loaded = None if cache is not None and not cache.needs_teacher else teacher
+    return {**specs, "teacher": loaded, "cache": cache, "cache_note": note}
+
+
+def _own_cache(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
+) -> RunCache | None:
+    """The cache that the run's teacher has or will have; None where it is not finished."""
+    teacher: OnlineTeacher = specs["teacher"]
+    assert teacher.cache is not None
+    heads = heads_of(specs["student"], specs["lora"], teacher)
+    stored = teacher.stored(specs["loss"], head_changes=heads.changes, softcap=heads.softcap)
+    stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
+    _check_loss(
+        stored, specs["loss"], "teacher.kind", head_changes=heads.changes, softcap=heads.softcap
+    )
+    head = _student_head(config, specs) if stored.kind == "projected" else None
+    identity = cache_identity(config, teacher, data, stored, vocab, head)
+    path = Path(teacher.cache) / name_of(identity)
+    if (path / UNFINISHED).exists():
+        return None
+    folder = _opened(path) if path.is_dir() else None
+    lacking = data_rows(data)
+    if folder is not None and lacking is not None:
+        lacking = len(_lacking(folder, data))
+    return RunCache(
+        path=path, folder=folder, stored=stored, shapes=heads.shapes(stored.kind, vocab),
+        identity=identity, grows=True, num_lacking=lacking, source=teacher,
+    )  # fmt: skip
+
+
+def _given_cache(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int, data: DataModule
+) -> RunCache:
+    """The cache that a run names."""
+    teacher: CachedTeacher = specs["teacher"]
+    folder = _opened(Path(teacher.path))
+    manifest, where = folder.manifest, f"teacher.path={teacher.path!r}"
+    source = teacher.teacher()
+    own = meta_head(specs["student"], specs["lora"])
+    changes = head_changes(own)
+    _check_loss(manifest.stored, specs["loss"], where, head_changes=changes, softcap=own.softcap)
+    head = _student_head(config, specs) if manifest.stored.kind == "projected" else None
+    of_run = cache_identity(config, None, data, manifest.stored, vocab, head)
+    of_run["teacher"] = dict(manifest.identity["teacher"])
+    if teacher.of is not None:
+        of_run["teacher"] |= {"path": teacher.of, **OnlineTeacher(path=teacher.of).identity()}
+    if differing := differences(manifest.identity, of_run):
+        raise ConfigError(
+            [f"{where}: was made for other runs. What differs:", *(f"  {d}" for d in differing)]
+        )
+    _check_rows(folder, data, where)
+    return RunCache(
+        path=folder.path, folder=folder, stored=manifest.stored, shapes=manifest.shapes,
+        identity=manifest.identity, grows=False, num_lacking=0, source=source,
+    )  # fmt: skip
+
+
+def _opened(path: Path) -> CacheFolder:
+    try:
+        return CacheFolder.open(path)
+    except CacheError as error:
+        raise ConfigError(str(error).splitlines()) from error
+
+
+def _check_loss(stored: Stored, spec: Distillation, where: str, **head: Any) -> None:
+    refused = stored.given_refusals(spec, **head)
+    if refused:
+        raise ConfigError([f"{where}: {reason}" for reason in refused])
+
+
+def _student_head(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Head:
+    """The frozen head, read from the student's files."""
+    student, trained = specs["student"], specs["lora"].adapter is None
+    device = torch.device("cpu")
+    return factors_of(read_head(student, device, trained=trained, seed=config["seed"]))
+
+
+def data_rows(data: DataModule) -> int | None:
+    """Rows to train on and to validate on; None where the former are a stream."""
+    return None if data.num_rows is None else data.num_rows + data.num_val_rows
+
+
+def _lacking(folder: CacheFolder, data: DataModule) -> list[str]:
+    """Rows of the run's tables that the cache lacks and that can be trained on, as they are called.
+
+    Where many are lacking only the first are looked at, and the others are taken for good ones.
+    """
+    names = []
+    for part, stream in ((0, data.train_stream()), (data.val_part, data.val_stream())):
+        if stream is None or stream.indices is None:
+            continue
+        missing = folder.missing(part, np.asarray(stream.indices))
+        called = "row" if part == 0 else "validation row"
+        for number, row_id in enumerate(missing.tolist()):
+            if number < MAX_LOOKED_AT:
+                try:
+                    stream.encoded.encode(row_id, stream.rows[row_id])  # type: ignore[index]
+                except BadRow:
+                    continue
+            names.append(f"{called} {row_id}")
+    return names
+
+
+def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
+    """Raise where a run needs rows that the cache lacks."""
+    if lacking := _lacking(folder, data):
+        raise ConfigError(
+            [
+                f"{where}: lacks {len(lacking):,} rows of this run, such as {lacking[0]} "
+                "(data.max_rows, data.val_share and seed choose rows); write a cache with this "
+                "run's data, or use teacher=auto, which stores what is lacking"
+            ]
+        )
+    if data.num_rows is None:
+        held = folder.manifest.counts.get("read", 0) if folder.manifest.finished else 0
+        asked = data.data.max_rows
+        if asked is None or asked > held:
+            raise ConfigError(
+                [
+                    f"data.max_rows={asked}: the cache at {folder.path} holds the first {held:,} "
+                    "rows of the stream; use at most as many"
+                ]
+            )
