@@ -250,3 +250,22 @@ def test_more_ids_than_there_are_cannot_be_kept():
         blobs(stored("top_k", k=51))
     with pytest.raises(ValueError, match="k=64: must be at most vocab=50"):
         blobs(stored("sampled", k=64))
+
+
+@pytest.mark.parametrize("kept", EACH, ids=NAMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_teacher_that_gives_no_numbers_is_not_kept(kept, value):
+    given, targets, student = models()
+    hidden = given.hidden.clone()
+    hidden[8, 2] = value
+    broken = replace(given, hidden=hidden)
+    with pytest.raises(ValueError, match=r"row 2 of rows: .* for its supervised token 4, and"):
+        measured(broken, targets, kept, SHAPES, KEYS, student)
+
+
+def test_hidden_states_too_large_for_their_dtype_are_not_kept():
+    given, targets, _ = models()
+    large = replace(given, hidden=given.hidden * 1e6)
+    measured(large, targets, stored("hidden", "bfloat16"), SHAPES, KEYS)
+    with pytest.raises(ValueError, match=r"row 5 of rows: .* token 0, .* hidden in float16"):
+        measured(large, targets, stored("hidden", "float16"), SHAPES, KEYS)

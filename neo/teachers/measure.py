@@ -15,7 +15,7 @@ from neo.teachers.draws import Purpose, generator, sampled_lists
 from neo.teachers.fields import COUNT, DTYPES, Field, Shapes, fields_of, joined
 from neo.teachers.fixed_point import to_fixed16, to_fixed16_at_random, to_int8_at_random
 from neo.teachers.lists import Lists, most_likely, nucleus
-from neo.teachers.shards import RowKey
+from neo.teachers.shards import PARTS, RowKey
 from neo.teachers.stored import Stored
 
 # GiB that the logits of a chunk and what is made of them take, and its least tokens, by device:
@@ -50,15 +50,20 @@ def measured(
         chunk_tokens: Tokens whose logits exist at a time; None: what suits the device.
 
     Raises:
-        ValueError: Tokens, rows, heads and shapes do not go together.
+        ValueError: Tokens, rows, heads and shapes do not go together, or the teacher gives no
+            numbers.
     """
     stored = stored.resolved(str(given.hidden.dtype).removeprefix("torch."))
     fields = fields_of(stored, shapes)
     _check(given, targets, stored, shapes, rows, student_head)
     if stored.kind == "hidden":
-        columns = {"hidden": _kept(given.hidden, fields[0])}
+        hidden = given.hidden.detach().to(getattr(torch, stored.values or "float32"))
+        _check_numbers(hidden.isfinite().all(-1).cpu().numpy(), rows, stored)
+        columns = {"hidden": _kept(hidden, fields[0])}
     else:
         columns = _columns(given, targets, stored, shapes, rows, student_head, chunk_tokens)
+        # One logit that is no number makes the sum none, of which the target has its part.
+        _check_numbers(~np.isnan(columns["target"]), rows, stored)
     blobs = []
     start = listed = 0
     for key, num_tokens in rows:
@@ -133,6 +138,21 @@ def _check(
         )
     if (student_head.bias is not None) != shapes.student_bias:
         raise ValueError(f"student_bias={shapes.student_bias}: the student's head says otherwise")
+
+
+def _check_numbers(good: np.ndarray, rows: Sequence[tuple[RowKey, int]], stored: Stored) -> None:
+    """Raise where a token's numbers are none, and name its row."""
+    if good.all():
+        return
+    token = int(np.argmin(good))
+    ends = np.cumsum([num for _, num in rows])
+    key, num = rows[number := int(np.searchsorted(ends, token, side="right"))]
+    raise ValueError(
+        f"row {key.row_id} of {PARTS[key.part]}: the teacher gives no finite numbers for its "
+        f"supervised token {token - int(ends[number]) + num}, and nothing of it is kept as "
+        f"{stored.kind} in {stored.values}; a teacher that overflows needs another dtype "
+        "(teacher.dtype)"
+    )
 
 
 @torch.no_grad()
