@@ -48,24 +48,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", default="step", help="of the two files of results")
     arguments = parser.parse_args()
-    if min(arguments.runs, arguments.plain_runs, arguments.kinds_runs) < 1:
-        parser.error("--runs, --plain-runs and --kinds-runs must be at least 1")
+    if min(arguments.runs, arguments.plain_runs, arguments.kinds_runs + 1) < 1:
+        parser.error("--runs and --plain-runs must be at least 1, --kinds-runs not negative")
     rounds = {
         "all": arguments.runs,
         "plain": min(arguments.runs, arguments.plain_runs),
         "kinds": min(arguments.runs, arguments.kinds_runs),
     }
+    sides = [name for name, side in SIDES.items() if rounds[side.rounds]]
     torch.set_num_threads(arguments.threads)
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_workload(folder, arguments.rows)
-        write_caches(folder, arguments.threads)
+        caches = write_caches(folder, arguments.threads, sides)
         examples = read_examples(folder)
         rates = [matmul_rate()]
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for number in range(arguments.runs):
-            for side in (name for name, side in SIDES.items() if number < rounds[side.rounds]):
+            for side in (name for name in sides if number < rounds[SIDES[name].rounds]):
                 result = run_side(side, folder, arguments.threads, seed=number)
                 runs[side].append(result)
                 console.print(
@@ -73,7 +74,7 @@ def main() -> None:
                     f"{result['peak_gib']:.2f} GiB"
                 )
             rates.append(matmul_rate())
-    report = summarise(runs, examples, max(rates), arguments)
+    report = summarise(runs, caches, examples, max(rates), arguments)
     console.print(as_table(report))
     console.print("\n".join(verdict(report)))
     RESULTS.mkdir(exist_ok=True)
@@ -135,6 +136,7 @@ def floor_gflop(examples: list[Any]) -> dict[str, float]:
 
 def summarise(
     runs: dict[str, list[dict[str, float]]],
+    caches: dict[str, dict[str, float]],
     examples: list[Any],
     rate: float,
     arguments: argparse.Namespace,
@@ -175,11 +177,7 @@ def summarise(
             }
             for side, (online, lora) in CACHED.items()
         },
-        "bytes_per_token": {
-            SIDES[side].teacher: results[0]["cache/bytes_per_token"]
-            for side, results in runs.items()
-            if "cache/bytes_per_token" in results[0]
-        },
+        "caches": caches,
         "runs": runs,
         "workload": {
             "student": STUDENT,
@@ -197,7 +195,7 @@ def summarise(
 def cells(report: dict[str, Any]) -> list[list[str]]:
     """Rows of the table, the limit last."""
     rows = []
-    for name, side in SIDES.items():
+    for name in report["runs"]:
         values = report["median"][name]
         rows.append(
             [
@@ -206,7 +204,7 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
                 f"{report['speed_over_plain'][name]:.2f}",
                 f"{values['peak_gib']:.2f}",
                 f"{report['memory_over_plain'][name]:.0%}",
-                side.what,
+                SIDES[name].what,
             ]
         )
     limit = report["limit"]
@@ -255,10 +253,11 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The table for readers, with workload and machine."""
     work = report["workload"]
     num_runs = {SIDES[side].rounds: len(results) for side, results in report["runs"].items()}
-    counted = f"{num_runs['plain']} of plain, {num_runs['kinds']} of other kinds of cache, " + (
-        f"{num_runs['all']} of the others"
+    what = {"plain": "of plain", "kinds": "of other kinds of cache", "all": "of the others"}
+    counted = ", ".join(f"{num_runs[key]} {of}" for key, of in what.items() if key in num_runs)
+    kept = ", ".join(
+        f"{kind} {cache['bytes_per_token']:,.0f}" for kind, cache in report["caches"].items()
     )
-    kept = ", ".join(f"{kind} {size:,.0f}" for kind, size in report["bytes_per_token"].items())
     lines = ["| " + " | ".join(row) + " |" for row in [HEADINGS, ["---"] * 6, *cells(report)]]
     return "\n".join(
         [

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from workload import MAX_LENGTH
+
+from neo.teachers.store import CacheFolder
 
 BATCH, R, LR = 8, 16, 2e-4
 SAMPLES = 64  # ids of a list, drawn or most likely
@@ -77,11 +81,30 @@ SIDES = {
 }
 
 
-def write_caches(folder: Path, threads: int) -> None:
-    """What the cached sides read, each once, outside the timing."""
-    for kind, options in CACHES.items():
-        command = ("-m", "neo.cache", *_common(), "teacher.path=./teacher", *options)
+def write_caches(folder: Path, threads: int, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Writes what the sides of these names read, each kind once.
+
+    Returns:
+        Of each kind the bytes that its files have of a supervised token, the teacher's head left
+        out, and the seconds that it took to write, with the start and the certificate.
+    """
+    written: dict[str, dict[str, float]] = {}
+    for kind in dict.fromkeys(SIDES[name].teacher for name in names):
+        if kind not in CACHES:
+            continue
+        began = time.perf_counter()
+        command = ("-m", "neo.cache", *_common(), "teacher.path=./teacher", *CACHES[kind])
         _call(f"cache of kind {kind}", folder, threads, *command, f"out={_cache(kind)}")
+        seconds = time.perf_counter() - began
+        cache = CacheFolder.open(folder / _cache(kind))
+        num_bytes = sum(
+            file.stat().st_size
+            for part in ("bin", "index")
+            for file in cache.path.glob(f"*.{part}")
+        )
+        num_tokens = sum(map(cache.num_tokens, cache.keys()))
+        written[kind] = {"bytes_per_token": num_bytes / num_tokens, "seconds": seconds}
+    return written
 
 
 def run_side(name: str, folder: Path, threads: int, seed: int) -> dict[str, float]:
