@@ -138,15 +138,19 @@ def write_cache(composed: DictConfig, out: Path | None = None) -> None:
     check_config(config)
     job = CacheJob(config, out, console)
     num = num_devices(config["trainer"])
+    if in_process_group() and not config["dry_run"]:
+        job.write_share()
+        return
+    if job.is_finished():
+        job.tidy()
+        return
     if config["dry_run"]:
         job.tell()
         return
-    if in_process_group():
-        job.write_share()
-        return
     with lock_cache(job.folder):
-        if job.is_finished():
+        if job.is_finished():  # by whoever held the lock meanwhile
             return
+        job.tidy()
         if num == 1:
             job.write()
         elif HydraConfig.initialized():

@@ -53,7 +53,7 @@ def unpack(packed: np.ndarray, count: int, bits: int, out: np.ndarray | None = N
         out: int64 or int32, of `count` numbers, to be filled; None makes it, int64.
     """
     numbers = np.empty(count, dtype=np.int64) if out is None else out
-    if bits == 0:
+    if bits == 0 or count == 0:
         numbers[:] = 0
         return numbers
     # A number is read with the whole word that begins in its byte, so there must be bytes behind.
@@ -62,11 +62,11 @@ def unpack(packed: np.ndarray, count: int, bits: int, out: np.ndarray | None = N
     padded = np.zeros(num_groups * bits + word.itemsize, dtype=np.uint8)
     num_bytes = num_packed_bytes(count, bits)
     padded[:num_bytes] = packed[:num_bytes]
-    mask = word.type((1 << bits) - 1)
-    for place in range(min(8, count)):
+    groups = np.empty((num_groups, 8), dtype=word)
+    for place in range(8):
         first, shift = divmod(place * bits, 8)
-        words = np.ndarray(
-            (-(-(count - place) // 8),), word, buffer=padded.data, offset=first, strides=(bits,)
-        )
-        numbers[place::8] = (words >> word.type(shift)) & mask
+        words = np.ndarray((num_groups,), word, buffer=padded.data, offset=first, strides=(bits,))
+        np.right_shift(words, word.type(shift), out=groups[:, place])
+    groups &= word.type((1 << bits) - 1)
+    numbers[:] = groups.reshape(-1)[:count]
     return numbers

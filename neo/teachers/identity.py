@@ -100,7 +100,7 @@ def differences(of_cache: Mapping[str, Any], of_run: Mapping[str, Any]) -> list[
     cache, run = _leaves(of_cache), _leaves(of_run)
     return [
         f"{key}: the cache has {_shown(cache, key)}, the run has {_shown(run, key)}"
-        for key in dict.fromkeys((*cache, *run))
+        for key in dict.fromkeys((*run, *cache))
         if key not in INFORMATION and _shown(cache, key) != _shown(run, key)
     ]
 
@@ -142,10 +142,13 @@ def _teacher(teacher: OnlineTeacher, dtype: str) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    special = {name: value for name, value in tokenizer.special_tokens_map.items()}
+    special = dict(tokenizer.special_tokens_map)
     text = json.dumps([special, sorted(map(int, tokenizer.all_special_ids))], sort_keys=True)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        backend.pop(state, None)
     return {
-        "hash": _hash(tokenizer.backend_tokenizer.to_str().encode())[:16],
+        "hash": _hash(json.dumps(backend).encode())[:16],
         "special": _hash(text.encode())[:16],
     }
 

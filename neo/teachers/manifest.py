@@ -104,7 +104,7 @@ def read_manifest(file: Path) -> Manifest:
         rest: dict[str, Any] = {}
         if finished:
             rest = {key: plain[key] for key in ("counts", "files", "certificate")}
-            rest["shards"] = [ShardEntry(**each) for each in plain["shards"]]
+            rest["shards"] = tuple(ShardEntry(**each) for each in plain["shards"])
         return Manifest(
             name=plain["name"],
             identity=plain["identity"],

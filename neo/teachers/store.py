@@ -1,8 +1,8 @@
 """An opened cache: rows by their keys, whichever shard they lie in."""
 
+import hashlib
 import mmap
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ from neo.teachers.durable import CacheError
 from neo.teachers.fields import Field, Shapes
 from neo.teachers.manifest import Manifest, begin, find_manifest, finish, sha256_of
 from neo.teachers.row_locks import RowLocks, number_of
+from neo.teachers.row_table import RowTable
+from neo.teachers.shard_writers import GrowingShard, ShardWriter
 from neo.teachers.shards import (
     GROWING,
     PARTS,
     RECORD,
-    GrowingShard,
     RowKey,
     ShardEntry,
-    ShardWriter,
     StoredRow,
     bin_file,
     index_file,
@@ -51,37 +51,6 @@ __all__ = [
 _AGAIN = "restore it, or remove the folder and write the cache again"
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Where every row lies.
-
-    Args:
-        records: Of all shards, one shard behind the other.
-        shards: The number of each record's shard.
-        numbers: The rows as numbers, ascending, each once.
-        places: Of their records.
-    """
-
-    records: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=RECORD))
-    shards: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    places: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-    def with_more(self, records: list[np.ndarray], shards: list[int]) -> "_Table":
-        """A table that has these, too; of a row that is there twice, the first."""
-        lengths = [len(each) for each in records]
-        all_records = np.concatenate([self.records, *records])
-        all_shards = np.concatenate(
-            [self.shards, np.repeat(np.array(shards, dtype=np.int32), lengths)]
-        )
-        numbers = key_numbers(all_records["part"], all_records["row_id"])
-        order = np.argsort(numbers, kind="stable")
-        numbers = numbers[order]
-        first = np.ones(len(numbers), dtype=bool)
-        first[1:] = numbers[1:] != numbers[:-1]
-        return _Table(all_records, all_shards, numbers[first], order[first])
-
-
 class CacheFolder:
     """A cache that was opened for reading; `open` makes it. It may go to other processes.
 
@@ -92,7 +61,7 @@ class CacheFolder:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._table = _Table()
+        self._table = RowTable()
         self._names: list[str] = []  # of shards, by number
         self._seen: dict[str, tuple[int, int, int]] = {}  # growing: number, records, bytes of .bin
         self._maps: dict[int, mmap.mmap] = {}
@@ -111,26 +80,21 @@ class CacheFolder:
         return cache
 
     def __len__(self) -> int:
-        return len(self._table.numbers)
+        return len(self._table)
 
     def __contains__(self, key: RowKey) -> bool:
-        return self._place(self._table, key) is not None
+        return self._table.find(number_of(key)) is not None
 
     def keys(self) -> list[RowKey]:
         """All rows, in the order of shards and of rows within them."""
-        table = self._table
-        records = table.records[np.sort(table.places)]
+        records = self._table.in_order()
         pairs = zip(records["part"].tolist(), records["row_id"].tolist(), strict=True)
         return [RowKey(part, row_id) for part, row_id in pairs]
 
     def missing(self, part: int, row_ids: np.ndarray) -> np.ndarray:
         """Those of the rows that it lacks, in their order."""
-        numbers = self._table.numbers
-        wanted = key_numbers(part, np.asarray(row_ids))
-        if not len(numbers):
-            return np.asarray(row_ids)
-        at = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
-        return np.asarray(row_ids)[numbers[at] != wanted]
+        row_ids = np.asarray(row_ids)
+        return row_ids[~self._table.holds(key_numbers(part, row_ids))]
 
     def num_tokens(self, key: RowKey) -> int:
         """Supervised tokens of a row, without reading them.
@@ -138,11 +102,10 @@ class CacheFolder:
         Raises:
             KeyError: It is not there.
         """
-        table = self._table
-        place = self._place(table, key)
-        if place is None:
+        found = self._table.find(number_of(key))
+        if found is None:
             raise KeyError(key)
-        return int(table.records[place]["num_tokens"])
+        return int(found[0]["num_tokens"])
 
     def read(self, key: RowKey) -> StoredRow:
         """What is kept of a row, as a view of the file.
@@ -151,14 +114,14 @@ class CacheFolder:
             KeyError: The row is not there.
             CacheError: It is damaged.
         """
-        table = self._table
-        place = self._place(table, key)
-        if place is None:
+        found = self._table.find(number_of(key))
+        if found is None:
             raise KeyError(key)
-        _, offset, size, num_tokens, _, content, crc, _, _ = table.records[place].item()
-        number = int(table.shards[place])
+        record, number = found
+        _, offset, size, num_tokens, _, content, crc, _, _ = record.item()
         stop = offset + padded(size)
-        view = memoryview(self._map(number, stop))[offset:stop]
+        # An empty file cannot be mapped, and a row without tokens has no bytes.
+        view = memoryview(self._map(number, stop) if size else b"")[offset:stop]
         if zlib.crc32(view) != crc:
             file = bin_file(self.path, self._names[number])
             raise CacheError(
@@ -175,10 +138,14 @@ class CacheFolder:
         """
         records: list[np.ndarray] = []
         shards: list[int] = []
+        # In this order: an index is made before the first byte of its .bin is written.
+        blobs = self.path.glob(f"{GROWING}*.bin")
+        with_rows = [file.stem for file in blobs if file.stat().st_size]
         names = {file.stem for file in self.path.glob(f"{GROWING}*.index")}
-        for file in self.path.glob(f"{GROWING}*.bin"):
-            if file.stem not in names and file.stat().st_size:
-                raise CacheError(f"{file.with_suffix('.index')}: is missing; {_advice(file.stem)}")
+        for name in with_rows:
+            if name not in names:
+                file = index_file(self.path, name)
+                raise CacheError(f"{file}: is missing; {_advice(name)}")
         for name in sorted(names):
             found = self._grown(name)
             if len(found):
@@ -210,8 +177,8 @@ class CacheFolder:
             self._check_size(bin_file(self.path, entry.name), entry.num_bytes)
             self._check_size(file, entry.rows * RECORD.itemsize)
             content = file.read_bytes()
-            if zlib.crc32(content) != entry.index_crc:
-                raise CacheError(f"{file}: is damaged, its checksum is another; {_AGAIN}")
+            if hashlib.sha256(content).hexdigest() != entry.index_sha256:
+                raise CacheError(f"{file}: is damaged, its sha256 is another; {_AGAIN}")
             records.append(np.frombuffer(content, dtype=RECORD))
             self._names.append(entry.name)
         for name, known in self.manifest.files.items():
@@ -245,13 +212,6 @@ class CacheFolder:
         end += sum(padded(size) for size in records["num_bytes"].tolist())
         self._seen[name] = (number, num + len(records), end)
         return records
-
-    def _place(self, table: _Table, key: RowKey) -> int | None:
-        wanted = number_of(key)
-        at = int(np.searchsorted(table.numbers, wanted))
-        if at == len(table.numbers) or table.numbers[at] != wanted:
-            return None
-        return int(table.places[at])
 
     def _map(self, number: int, stop: int) -> mmap.mmap:
         """The .bin of a shard in memory, at least up to a byte."""

@@ -167,12 +167,11 @@ def _values(columns: Sequence[np.ndarray], field: Field, num_tokens: int) -> Ten
     return values.view(num_tokens, width) if field.name in MATRICES else values
 
 
-def _padded(flat: Tensor, field: Field, counts: np.ndarray | None, fill: float) -> Tensor:
+def _padded(flat: Tensor, field: Field, counts: np.ndarray | None, fill: float | int) -> Tensor:
     """Lists one behind the other, as rows of one width."""
     if counts is None:
         return flat.view(-1, int(field.width))
     lengths = torch.from_numpy(counts)
     longest = int(counts.max(initial=0))
     rows = torch.full((len(counts), longest), fill, dtype=flat.dtype)
-    rows[torch.arange(longest) < lengths[:, None]] = flat
-    return rows
+    return rows.masked_scatter_(torch.arange(longest) < lengths[:, None], flat)

@@ -98,7 +98,7 @@ class Estimate:
     rows_per_shard: int
     logits_bytes: int
 
-    def seconds(self, num_processes: int, share: float = 1.0) -> float:
+    def seconds(self, num_processes: int, share: float | int = 1.0) -> float:
         """For that share of the rows, on so many devices."""
         return share * self.counts.num_tokens / self.tokens_per_s / num_processes
 
@@ -176,7 +176,12 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def estimate_lines(
-    found: Estimate, stored: Stored, folder: Path, num_processes: int, written: int, share: float
+    found: Estimate,
+    stored: Stored,
+    folder: Path,
+    num_processes: int,
+    written: int,
+    share: float | int,
 ) -> list[str]:
     """The estimate for a terminal.
 
@@ -190,7 +195,9 @@ def estimate_lines(
     """
     counts = found.counts
     how = "counted" if counts.counted else f"estimated from {counts.num_sampled:,} rows"
-    kept = ", ".join(f"{key}={value}" for key, value in stored.as_dict().items() if key != "kind")
+    unsaid = ("kind",) if stored.is_random else ("kind", "seed")
+    said = {key: value for key, value in stored.as_dict().items() if key not in unsaid}
+    kept = ", ".join(f"{key}={value}" for key, value in said.items())
     devices = "one device" if num_processes == 1 else f"{num_processes} devices"
     lines = [
         f"keeps: {stored.kind} ({kept})",
@@ -208,7 +215,7 @@ def estimate_lines(
     return lines
 
 
-def spelt_bytes(num: float) -> str:
+def spelt_bytes(num: float | int) -> str:
     """A size as it is read.
 
     Example:
@@ -224,7 +231,7 @@ def spelt_bytes(num: float) -> str:
     return f"{num / 1024:,.1f} TiB"
 
 
-def spelt_seconds(seconds: float) -> str:
+def spelt_seconds(seconds: float | int) -> str:
     """A time as it is read.
 
     Example:

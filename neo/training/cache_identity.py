@@ -5,15 +5,11 @@ from typing import Any
 
 import torch
 
-from neo.config import ConfigError
 from neo.data.datamodule import DataModule
-from neo.losses.distillation import Distillation, function_of
-from neo.losses.divergences import forward_kl
 from neo.losses.head import Head
 from neo.teachers.identity import identity_of
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.stored import Stored
-from neo.training.cache_models import Heads
 from neo.training.devices import on_gpu
 from neo.training.step_cost import AUTOCAST, planned_dtype
 
@@ -40,34 +36,6 @@ def spelt_dtype(dtype: torch.dtype) -> str:
         'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
-
-
-def wanted_stored(
-    teacher: OnlineTeacher, loss: Distillation, heads: Heads, trainer: Mapping[str, Any]
-) -> Stored:
-    """What a config asks to keep of its teacher; where it says nothing, what its loss allows.
-
-    Args:
-        teacher: With the keys of its cache.
-        loss: Of the run.
-        heads: Of student and teacher.
-        trainer: The config's node.
-
-    Raises:
-        ConfigError: Nothing can be kept that way.
-    """
-    keys = ("values", "k", "p", "samples", "proposal", "missing")
-    kind = getattr(teacher, "kind", None)
-    if kind is None:
-        linear = not heads.changes and heads.softcap is None
-        kind = "projected" if linear and function_of(loss.divergence) is forward_kl else "hidden"
-    temperature = 1.0 if kind == "hidden" else loss.temperature
-    given: Any = {key: getattr(teacher, key, None) for key in keys}
-    try:
-        stored = Stored(kind=kind, temperature=temperature, **given)
-    except ValueError as error:
-        raise ConfigError([f"teacher.{line}" for line in str(error).splitlines()]) from error
-    return stored.resolved(spelt_dtype(hidden_dtype(teacher, trainer)))
 
 
 def cache_identity(

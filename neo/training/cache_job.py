@@ -27,7 +27,7 @@ from neo.training.cache_estimate import (
     estimate_lines,
     spelt_bytes,
 )
-from neo.training.cache_identity import cache_identity, wanted_stored
+from neo.training.cache_identity import cache_identity, hidden_dtype, spelt_dtype
 from neo.training.cache_limits import refuse_unfit, told_out_of_memory
 from neo.training.cache_models import CacheModels, Measurer, heads_of
 from neo.training.cache_progress import CacheProgress
@@ -84,10 +84,10 @@ class CacheJob:
         student, teacher, lora = (self.specs[name] for name in ("student", "teacher", "lora"))
         heads = heads_of(student, lora, teacher)
         self.loss, self.head_changes = self.specs["loss"], heads.changes
-        self.stored = wanted_stored(teacher, self.loss, heads, config["trainer"])
-        if refusals := self.stored.given_refusals(
-            self.loss, head_changes=heads.changes, softcap=heads.softcap
-        ):
+        head: Any = {"head_changes": heads.changes, "softcap": heads.softcap}
+        stored = teacher.stored(self.loss, **head)
+        self.stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
+        if refusals := self.stored.given_refusals(self.loss, **head):
             raise ConfigError([f"teacher.kind={self.stored.kind}: {why}" for why in refusals])
         try:
             self.rows = CacheRows(self.data)
@@ -100,7 +100,7 @@ class CacheJob:
             config, teacher, self.data, self.stored, self.meeting.vocab, self.student_head
         )
         self.name = name_of(self.identity)
-        self.folder = out or Path(getattr(teacher, "cache", None) or CACHES) / self.name
+        self.folder = out or Path(teacher.cache or CACHES) / self.name
         self.standing = Standing()
 
     @cached_property
@@ -115,15 +115,21 @@ class CacheJob:
             ConfigError: It is another one.
         """
         if self.config["rerun"]:
-            remove_cache(self.folder)
+            return False
         self.standing = standing(self.folder, self.identity, self.rows)
         cache = self.standing.finished
         if cache is None or not cache.manifest.certificate:
             return False
-        remove_traces(self.folder)
         self.console.print(f"cache {self.name} is finished in {self.folder}; rerun=true anew")
         self._say_certificate(cache.manifest.certificate)
         return True
+
+    def tidy(self) -> None:
+        """Removes what stands there and is not to: a cache that is written anew, or traces."""
+        if self.config["rerun"]:
+            remove_cache(self.folder)
+        elif self.standing.finished is not None:
+            remove_traces(self.folder)
 
     def tell(self) -> Estimate:
         """Says what the cache will take.
@@ -131,10 +137,6 @@ class CacheJob:
         Raises:
             TooManyBadRows: More rows than `data.max_bad_rows` cannot be used.
         """
-        if self.standing == Standing() and not self.config["rerun"]:
-            self.standing = standing(self.folder, self.identity, self.rows)
-        if self.standing.finished is not None:
-            self.console.print(f"cache {self.name} is finished in {self.folder}")
         self.console.print(f"cache {self.name} of {self.specs['teacher'].path}, in {self.folder}")
         counts, sample = count_rows(self.rows, self.data.data.max_bad_rows)
         with told_out_of_memory(self.config):
@@ -168,7 +170,7 @@ class CacheJob:
             layout = self.standing.layout or Layout(found.rows_per_shard, self.rows.digest())
             layout.write(self.folder)
             self._write_spans(layout, rank, world_size)
-            self._finish(layout)
+            self._finish(layout, world_size)
         self._certify()
 
     def write_share(self) -> None:
@@ -176,7 +178,9 @@ class CacheJob:
         rank, world_size = place_in_group()
         if is_first_process():
             with nullcontext() if LAUNCHED in os.environ else lock_cache(self.folder):
-                if not self.is_finished():
+                finished = self.is_finished()
+                self.tidy()
+                if not finished:
                     self.write(rank, world_size)
             return
         layout = wait_for_layout(self.folder, self.console.print)
@@ -195,10 +199,10 @@ class CacheJob:
                 max_bad_rows=self.data.data.max_bad_rows, progress=progress,
             )  # fmt: skip
 
-    def _finish(self, layout: Layout) -> None:
+    def _finish(self, layout: Layout, world_size: int) -> None:
         """Writes the manifest, from which on it is a cache."""
         spans = self.rows.spans(layout.rows_per_shard)
-        found = wait_for_all(self.folder, spans, self.console.print)
+        found = wait_for_all(self.folder, spans, world_size, self.console.print)
         report = sum((one.report for _, one in found), RowReport())
         if report.num_bad == report.rows:
             raise TooManyBadRows(report, None)

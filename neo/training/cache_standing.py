@@ -13,18 +13,20 @@ from filelock import FileLock, Timeout
 
 from neo.config import ConfigError
 from neo.teachers.durable import CacheError, write_whole
+from neo.teachers.head_file import HEAD
 from neo.teachers.identity import differences
 from neo.teachers.manifest import GROWS, MANIFEST, UNFINISHED, read_manifest
-from neo.teachers.shards import GROWING, PARTS
+from neo.teachers.shards import GROWING
 from neo.teachers.store import CacheFolder
 from neo.training.cache_rows import CacheRows
+from neo.training.run_cache import CERTIFICATE
 
 LAYOUT = "layout.json"  # how an unfinished cache is cut into shards
 LOCK = ".lock"
 # Of a cache, so that it may be removed; nothing else is.
 OURS = (
     "*.bin", "*.index", "*.done", ".*.partial", MANIFEST, UNFINISHED, GROWS, LAYOUT, LOCK, "locks",
-    "teacher_head.safetensors",
+    HEAD, CERTIFICATE,
 )  # fmt: skip
 PATIENCE_S = 20.0  # processes of a killed command may hold its lock until they notice
 WAIT_S = 0.2
@@ -44,9 +46,11 @@ def lock_cache(folder: Path, wait_s: float = PATIENCE_S) -> Generator[None, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK, timeout=wait_s):
-            yield
-            if (folder / MANIFEST).exists():  # nobody who waits for it would write any more
-                (folder / LOCK).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                if (folder / MANIFEST).exists():  # nobody who waits for it would write any more
+                    (folder / LOCK).unlink(missing_ok=True)
     except Timeout:
         raise CacheIsBusy(f"{folder}: another process is writing this cache") from None
 
@@ -166,10 +170,9 @@ def _finished(folder: Path, rows: CacheRows) -> CacheFolder:
         ids = rows.ids.get(part)
         if ids is None:
             num, limit = rows.num_rows(part), counts.get("limit", 0)
-            ended = read[PARTS[part]] < limit
-            ids = np.arange(min(num, read[PARTS[part]]) if ended else num)
+            ids = np.arange(min(num, read) if read < limit else num)  # it ended, or was cut off
         lacking, wanted = lacking + len(cache.missing(part, ids)), wanted + len(ids)
-    unusable = sum(read.values()) - counts["rows"]  # and held out ones of a stream
+    unusable = read + counts["read_val_rows"] - counts["rows"]  # held out ones of a stream, too
     if lacking > unusable:
         raise ConfigError(
             [

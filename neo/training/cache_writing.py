@@ -9,12 +9,14 @@ from typing import Any
 
 from neo.data.loader import TooManyBadRows
 from neo.data.packing import RowReport
-from neo.teachers.durable import write_whole
-from neo.teachers.shards import PARTS, ShardEntry, ShardWriter, whole_shard
+from neo.teachers.durable import CacheError, write_whole
+from neo.teachers.shard_writers import ShardWriter
+from neo.teachers.shards import PARTS, ShardEntry, whole_shard
 from neo.training.cache_models import Measured, Measurer
 from neo.training.cache_progress import CacheProgress
 from neo.training.cache_rows import CacheRows, Span, SpanRows
 from neo.training.cache_standing import LAYOUT
+from neo.training.run_cache import CERTIFICATE
 
 WAIT_S = 0.2  # between two looks for the shards of other processes
 PATIENCE_S = 20.0  # after which is said what is waited for
@@ -49,12 +51,20 @@ def done(folder: Path, span: Span) -> Done | None:
     try:
         plain = json.loads(done_file(folder, span).read_bytes())
         entry = None if plain["entry"] is None else ShardEntry(*plain["entry"])
-        report = RowReport.from_plain(plain["report"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        report = _report(plain["report"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):  # not what was written
         return None
     if entry is not None and whole_shard(folder, span.name) != entry:
         return None
     return Done(entry, plain["num_read"], plain["is_last"], plain["num_tokens"], report)
+
+
+def _report(plain: dict[str, Any]) -> RowReport:
+    """A report that has been JSON, which knows no tuples."""
+    shown = {reason: tuple((i, d) for i, d in rows) for reason, rows in plain["shown"].items()}
+    return RowReport.from_plain(plain | {"shown": shown})
 
 
 def write_span(folder: Path, read: SpanRows, made: dict[int, Measured]) -> Done:
@@ -139,14 +149,18 @@ def remove_partial(folder: Path, span: Span) -> None:
 
 
 def wait_for_all(
-    folder: Path, spans: Sequence[Span], say: Callable[[str], Any]
+    folder: Path, spans: Sequence[Span], world_size: int, say: Callable[[str], Any]
 ) -> list[tuple[Span, Done]]:
     """All shards, once the last process has written its last one.
 
     Args:
         folder: Of the cache.
         spans: All of them; those behind the end of a stream are not waited for.
+        world_size: Processes that write them, of which this is the first.
         say: Is told what is waited for, if that takes long.
+
+    Raises:
+        CacheError: A shard of this process is not there any more.
     """
     found: list[tuple[Span, Done]] = []
     ended = False  # the stream of part 0
@@ -157,6 +171,11 @@ def wait_for_all(
                 found.append((span, one))
                 ended = ended or one.is_last
                 break
+            if span.number % world_size == 0:
+                raise CacheError(
+                    f"{folder / span.name}: was written and is not whole any more; start the same "
+                    "command again"
+                )
             if time.monotonic() - began > PATIENCE_S:
                 began = float("inf")
                 say(f"waiting for shards of other processes, {span.name} first")
@@ -165,7 +184,7 @@ def wait_for_all(
 
 
 def counts_of(found: Sequence[tuple[Span, Done]], limit: int | None) -> dict[str, Any]:
-    """What the manifest says of the rows.
+    """What the manifest says of the rows: of those read, bad ones and held out ones are not there.
 
     Args:
         found: All shards.
@@ -180,7 +199,8 @@ def counts_of(found: Sequence[tuple[Span, Done]], limit: int | None) -> dict[str
         "tokens": sum(one.num_tokens for _, one in found),
         "bad_rows": dict(sorted(report.bad.items())),
         "truncated_rows": report.truncated,
-        "read": dict(zip(PARTS, read, strict=True)),
+        "read": read[0],
+        "read_val_rows": read[1],
     } | ({} if limit is None else {"limit": limit})
 
 
@@ -188,4 +208,5 @@ def remove_traces(folder: Path) -> None:
     """Removes what only an unfinished cache needs."""
     for file in folder.glob("*.done"):
         file.unlink(missing_ok=True)
-    (folder / LAYOUT).unlink(missing_ok=True)
+    for name in (LAYOUT, CERTIFICATE):
+        (folder / name).unlink(missing_ok=True)

@@ -24,7 +24,8 @@ from neo.teachers.durable import CacheError
 from neo.teachers.manifest import begin
 from neo.teachers.measure import measured
 from neo.teachers.row_locks import RowLocks
-from neo.teachers.shards import GROWING, PARTS, GrowingShard, RowKey, StoredRow
+from neo.teachers.shard_writers import GrowingShard
+from neo.teachers.shards import GROWING, PARTS, RowKey, StoredRow
 from neo.teachers.store import CacheFolder
 from neo.teachers.unpack import given_of, unpacked
 from neo.training.run_cache import RunCache
@@ -91,6 +92,10 @@ class CachedTargets:
         """
         found = segments(batch)
         rows = [self._read(part, segment) for segment in found]
+        if self.folder is not None and None in rows:  # it may have been stored since
+            with self._lock:
+                self.folder.refresh()
+            rows = [row or self._read(part, each) for row, each in zip(rows, found, strict=True)]
         taught = Taught(part, replace(batch, taught=None), found, rows)
         return replace(batch, taught=self._whole(taught))
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from neo.data.packing import Batch
 from neo.data.peek import peek
 from neo.losses.fused import CHUNK_GIB
 from neo.teachers.cached import CachedTeacher
+from neo.teachers.keeping import Keeping
 from neo.training.device_plan import GIB, Placement, Plan, make_plan, placement_of
 from neo.training.meet import CannotRun, Meeting, meet, meet_all, meet_architectures
 from neo.training.plan_table import short
@@ -23,7 +24,7 @@ from neo.training.workload import Workload
 SAMPLE = 4  # batches that are looked at for the share of supervised tokens
 KEY = "trainer.device_memory_gib"
 # What a plan depends on; the rest of a config changes neither bytes nor FLOPs.
-DEPENDS_ON = ("student", "teacher", "lora", "loss")
+DEPENDS_ON = ("student", "lora", "loss")
 # Of the optimizer these change nothing that is counted or checked against models.
 RATES = ("lr", "base_lr", "weight_decay", "warmup_ratio")
 # Plans of this process: the runs of a sweep often differ in rate and seed alone.
@@ -142,12 +143,22 @@ def _what_counts(
     return json.dumps(
         [
             {name: config[name] for name in DEPENDS_ON} | {"loss": config["loss"] | asked},
+            _teacher_counts(config, specs),
             {name: value for name, value in config["optim"].items() if name not in RATES},
             [trainer.get("precision"), trainer.get("gradient_clip_val")],
-            [str(workload), str(placement), specs["teacher"] is None],
+            [str(workload), str(placement)],
         ],
         sort_keys=True,
     )
+
+
+def _teacher_counts(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Any:
+    """What a plan depends on of the teacher: the model that is loaded, or what is read instead."""
+    cache = specs.get("cache")
+    if cache is not None and specs["teacher"] is None:
+        return [str(cache.stored), str(cache.shapes)]
+    keeping = {field.name for field in fields(Keeping)}
+    return {key: value for key, value in config["teacher"].items() if key not in keeping}
 
 
 def _plan(
