@@ -226,8 +226,8 @@ def reading(
 
         found: dict[str, list[float]] = {"seconds": [], "floor_seconds": [], "give_seconds": []}
         for _ in range(arguments.rounds):
-            for key, function in zip(found, (look_up, floor, give), strict=True):
-                found[key].append(timed(function) / len(keys))
+            for part, function in zip(found, (look_up, floor, give), strict=True):
+                found[part].append(timed(function) / len(keys))
     best = {key: min(values) for key, values in found.items()}
     return best | {"median_seconds": statistics.median(found["seconds"]), "bytes": size}
 
