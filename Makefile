@@ -63,10 +63,11 @@ check: $(READY) ## format, lint, types, and that committed tables are what their
 	$(BIN)/mypy
 	$(BIN)/python -m neo.report check=true
 
-bench: $(READY) ## speed and memory: the loss against its peers, a step against the plain way, each variant against lora
+bench: $(READY) ## speed and memory: the loss against its peers, a step against the plain way, caches, each variant against lora
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/variants.py
 
 plan-paper: $(READY) ## render experiments/plan: Llama-3.1-8B into 1B on 1, 8 and 64 devices, nothing loaded
