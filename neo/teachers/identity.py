@@ -30,7 +30,7 @@ def identity_of(
     schema: str | None,
     stored: Stored,
     vocab: int,
-    student_head: Head | None = None,
+    student_head: Head | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that a teacher's targets depend on, as plain data.
 
@@ -43,7 +43,8 @@ def identity_of(
         schema: Of the rows, found out.
         stored: What is kept.
         vocab: Ids that both models share.
-        student_head: The frozen one; of kind projected alone.
+        student_head: The frozen one, or what `head_identity` has said of it; of kind projected
+            alone.
 
     Raises:
         ValueError: The kind is projected and there is no head.
@@ -65,7 +66,9 @@ def identity_of(
         "vocab": vocab,
     }
     if stored.kind == "projected" and student_head is not None:
-        identity["student_head"] = head_identity(student_head, vocab)
+        if isinstance(student_head, Head):
+            student_head = head_identity(student_head, vocab)
+        identity["student_head"] = dict(student_head)
     return identity
 
 

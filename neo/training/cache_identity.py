@@ -44,7 +44,7 @@ def cache_identity(
     data: DataModule,
     stored: Stored,
     vocab: int,
-    student_head: Head | None,
+    student_head: Head | Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What names a run's cache.
 

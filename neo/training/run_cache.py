@@ -20,7 +20,7 @@ from neo.teachers.durable import CacheError
 from neo.teachers.fields import Shapes
 from neo.teachers.head_file import HEAD
 from neo.teachers.head_file import read_head as read_head_file
-from neo.teachers.identity import differences, name_of
+from neo.teachers.identity import differences, head_identity, name_of
 from neo.teachers.manifest import UNFINISHED
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.store import CacheFolder
@@ -31,11 +31,14 @@ from neo.training.cache_identity import (
     spelt_dtype,
 )
 from neo.training.cache_models import head_changes, heads_of, meta_head
+from neo.training.devices import on_gpu
 from neo.training.token_loss import factors_of
 
 CERTIFICATE = "certificate.json"  # of a cache that grows
 # So many rows that a cache lacks are looked at: a bad row is in none, and no batch asks for it.
 MAX_LOOKED_AT = 1000
+# What this process has found out of students' heads.
+_heads: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,7 @@ def _own_cache(
     _check_loss(
         stored, specs["loss"], "teacher.kind", head_changes=heads.changes, softcap=heads.softcap
     )
-    head = _student_head(config, specs) if stored.kind == "projected" else None
+    head = _student_head(config, specs, vocab) if stored.kind == "projected" else None
     identity = cache_identity(config, teacher, data, stored, vocab, head)
     path = Path(teacher.cache) / name_of(identity)
     if (path / UNFINISHED).exists():
@@ -183,7 +186,7 @@ def _given_cache(
     own = meta_head(specs["student"], specs["lora"])
     changes = head_changes(own)
     _check_loss(manifest.stored, specs["loss"], where, head_changes=changes, softcap=own.softcap)
-    head = _student_head(config, specs) if manifest.stored.kind == "projected" else None
+    head = _student_head(config, specs, vocab) if manifest.stored.kind == "projected" else None
     of_run = cache_identity(config, None, data, manifest.stored, vocab, head)
     of_run["teacher"] = dict(manifest.identity["teacher"])
     if teacher.of is not None:
@@ -212,11 +215,18 @@ def _check_loss(stored: Stored, spec: Distillation, where: str, **head: Any) -> 
         raise ConfigError([f"{where}: {reason}" for reason in refused])
 
 
-def _student_head(config: Mapping[str, Any], specs: Mapping[str, Any]) -> Head:
-    """The frozen head, read from the student's files."""
-    student, trained = specs["student"], specs["lora"].adapter is None
-    device = torch.device("cpu")
-    return factors_of(read_head(student, device, trained=trained, seed=config["seed"]))
+def _student_head(
+    config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int
+) -> dict[str, Any]:
+    """What names the frozen head, read from the student's files; once for the runs of a sweep."""
+    student = specs["student"]
+    device = torch.device("cuda" if on_gpu(config["trainer"]) else "cpu")  # decides on the dtype
+    seed = config["seed"] if student.random_init else None
+    key = (str(student), str(student.identity()), str(device), seed, vocab)
+    if key not in _heads:
+        head = read_head(student, device, trained=False, seed=config["seed"])
+        _heads[key] = head_identity(factors_of(head), vocab)
+    return _heads[key]
 
 
 def data_rows(data: DataModule) -> int | None:
