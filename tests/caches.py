@@ -2,14 +2,17 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fits import settings
 from lab import compose_raw
+from omegaconf import DictConfig, OmegaConf
 
 from neo.cache import write_cache
 from neo.training import cache_estimate
@@ -35,9 +38,26 @@ def typed(student: Path, teacher: Path, rows: Path, *more: str) -> list[str]:
     return settings(student, teacher, rows.parent / "run", f"data.path={rows}", *more)
 
 
-def write(out: Path, overrides: list[str]) -> None:
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The config of a command line; Hydra is asked once for each choice of groups."""
+    groups = tuple(o for o in overrides if "." not in o.partition("=")[0])
+    config = _composed(groups).copy()
+    OmegaConf.set_struct(config, False)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if "." in key:
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+    return config
+
+
+@cache
+def _composed(groups: tuple[str, ...]) -> DictConfig:
+    return compose_raw(*groups)
+
+
+def write(out: Path, overrides: Sequence[str]) -> None:
     """What `python -m neo.cache ... out=OUT` does, in this process."""
-    write_cache(compose_raw(*overrides), out)
+    write_cache(composed(overrides), out)
 
 
 @contextmanager
@@ -49,7 +69,7 @@ def small_shards(rows: int = 8) -> Iterator[None]:
         yield
 
 
-def forked(out: Path, overrides: list[str], before: Callable[[], Any] = lambda: None) -> Any:
+def forked(out: Path, overrides: Sequence[str], before: Callable[[], Any] = lambda: None) -> Any:
     """The same in a process of its own, which need not import everything again; started.
 
     Args:

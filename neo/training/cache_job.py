@@ -15,6 +15,7 @@ from neo.config import ConfigError
 from neo.data.loader import TooManyBadRows
 from neo.data.packing import RowReport
 from neo.teachers.durable import write_whole
+from neo.teachers.fields import fields_of
 from neo.teachers.head_file import HEAD, write_head
 from neo.teachers.identity import name_of
 from neo.teachers.manifest import MANIFEST, begin, finish
@@ -36,6 +37,7 @@ from neo.training.cache_standing import (
     Layout,
     Standing,
     lock_cache,
+    refuse_others,
     remove_cache,
     standing,
     wait_for_layout,
@@ -89,11 +91,15 @@ class CacheJob:
         self.stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
         if refusals := self.stored.given_refusals(self.loss, **head):
             raise ConfigError([f"teacher.kind={self.stored.kind}: {why}" for why in refusals])
+        self.shapes = heads.shapes(self.stored.kind, self.meeting.vocab)
         try:
             self.rows = CacheRows(self.data)
-            self.shapes = heads.shapes(self.stored.kind, self.meeting.vocab)
         except ValueError as error:
             raise ConfigError(str(error).splitlines()) from error
+        try:
+            fields_of(self.stored, self.shapes)
+        except ValueError as error:
+            raise ConfigError([f"teacher.{error}"]) from error
         self.models = CacheModels(config, self.specs, self.meeting.vocab)
         self.student_head = self.models.student_head() if self.stored.kind == "projected" else None
         self.identity = cache_identity(
@@ -115,6 +121,7 @@ class CacheJob:
             ConfigError: It is another one.
         """
         if self.config["rerun"]:
+            refuse_others(self.folder)
             return False
         self.standing = standing(self.folder, self.identity, self.rows)
         cache = self.standing.finished

@@ -49,8 +49,12 @@ def lock_cache(folder: Path, wait_s: float = PATIENCE_S) -> Generator[None, None
             try:
                 yield
             finally:
-                if (folder / MANIFEST).exists():  # nobody who waits for it would write any more
+                nothing = [file.name for file in folder.iterdir()] == [LOCK]
+                # nobody who waits for a finished one would write any more
+                if nothing or (folder / MANIFEST).exists():
                     (folder / LOCK).unlink(missing_ok=True)
+                if nothing:
+                    folder.rmdir()
     except Timeout:
         raise CacheIsBusy(f"{folder}: another process is writing this cache") from None
 
@@ -197,18 +201,25 @@ def _layout(folder: Path, rows: CacheRows) -> Layout | None:
     return layout
 
 
+def refuse_others(folder: Path) -> None:
+    """Refuses to remove a cache from a folder that holds something else, too.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if folder.is_dir() and (others := _others(folder)):
+        raise ConfigError(
+            [f"out={folder}: rerun=true removes a cache, and here lies {others[0]}, too"]
+        )
+
+
 def remove_cache(folder: Path) -> None:
-    """Removes a cache, whichever it is, and leaves every other file.
+    """Removes a cache, whichever it is.
 
     Raises:
         ConfigError: There are other files.
     """
-    if not folder.is_dir():
-        return
-    if others := _others(folder):
-        raise ConfigError(
-            [f"out={folder}: rerun=true removes a cache, and here lies {others[0]}, too"]
-        )
+    refuse_others(folder)
     for pattern in OURS:
         for file in folder.glob(pattern):
             if file.name != LOCK:
