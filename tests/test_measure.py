@@ -17,6 +17,7 @@ from small_cache import (
 
 from neo.losses.given import HiddenStates
 from neo.losses.head import Head
+from neo.teachers.draws import Purpose, generator
 from neo.teachers.fields import Shapes
 from neo.teachers.measure import mean_rows, measured
 from neo.teachers.shards import RowKey, StoredRow
@@ -269,3 +270,17 @@ def test_hidden_states_too_large_for_their_dtype_are_not_kept():
     measured(large, targets, stored("hidden", "bfloat16"), SHAPES, KEYS)
     with pytest.raises(ValueError, match=r"row 5 of rows: .* token 0, .* hidden in float16"):
         measured(large, targets, stored("hidden", "float16"), SHAPES, KEYS)
+
+
+def test_draws_and_rounding_do_not_share_their_random_numbers():
+    kept, key = stored("sampled"), RowKey(0, 5)
+    others = [
+        generator(kept, key, Purpose.ROUND),
+        generator(kept, RowKey(1, 5), Purpose.DRAW),
+        generator(kept, RowKey(0, 6), Purpose.DRAW),
+        generator(replace(kept, seed=1), key, Purpose.DRAW),
+    ]
+    first = generator(kept, key, Purpose.DRAW).random(1000)
+    for other in others:
+        assert not set(first) & set(other.random(1000))
+    assert (first == generator(kept, key, Purpose.DRAW).random(1000)).all()
