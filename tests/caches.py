@@ -1,7 +1,6 @@
 """Caches for tests: small models, written in this process or in forked ones that may be killed."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -79,7 +78,6 @@ def forked(out: Path, overrides: Sequence[str], before: Callable[[], Any] = lamb
     """
 
     def run() -> None:
-        os.setsid()
         before()
         write(out, overrides)
 

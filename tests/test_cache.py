@@ -80,6 +80,7 @@ def test_every_kind_is_written_whole_and_says_what_it_costs(tmp_path, typed_for,
     assert not [file for file in contents(tmp_path / "cache") if file.startswith(".")]
 
 
+@SLOW
 def test_what_is_written_is_what_the_teacher_says(tmp_path, typed_for, teacher_dir):
     lists = ("teacher.kind=top_k", f"teacher.k={len(tokenizer())}", "teacher.values=float32")
     for name, overrides in (("hidden", ("teacher.kind=hidden",)), ("lists", lists)):
@@ -110,8 +111,7 @@ def test_a_finished_cache_is_left_as_it_is_unless_it_is_to_be_written_anew(
     write(out, typed_for())
     assert "is finished" in capsys.readouterr().err
     assert (out / "shard-00000.index").stat().st_mtime_ns == at
-    write(out, typed_for("loss.temperature=2", "rerun=true"))
-    assert CacheFolder.open(out).manifest.stored.temperature == 2
+    (out / "shard-00007.done").touch()  # of a cache that was larger
     write(out, typed_for("rerun=true"))
     assert contents(out) == before
 
@@ -160,6 +160,7 @@ def stream(rows, *more):
     )  # fmt: skip
 
 
+@SLOW
 def test_a_stream_is_read_to_its_end_and_its_validation_rows_lie_apart(
     tmp_path, student_dir, teacher_dir, rows
 ):

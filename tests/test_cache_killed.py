@@ -106,7 +106,7 @@ def test_killed_ten_times_at_random_moments_it_is_the_same(tmp_path, overrides, 
             while len(list(out.glob("*.done"))) < wanted and process.is_alive():
                 assert time.monotonic() < deadline
             time.sleep(chance.uniform(0, 0.02))
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             killed.append(process.exitcode)
         assert killed.count(-signal.SIGKILL) == NUM_KILLS

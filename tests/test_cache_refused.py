@@ -7,7 +7,6 @@ from caches import ROWS, contents, small_shards, typed, write
 from lab import tiny_model, tokenizer, write_rows
 
 from neo.config import ConfigError
-from neo.teachers.store import CacheFolder
 from neo.training.cache_standing import remove_cache
 
 
@@ -65,7 +64,6 @@ def test_what_changes_no_target_is_no_other_cache(typed_for, finished, capsys):
 def test_rows_that_a_finished_cache_lacks_are_told(typed_for, tmp_path):
     out = tmp_path / "cache"
     write(out, typed_for("data.max_rows=20"))
-    write(out, typed_for("data.max_rows=20"))
     with pytest.raises(ConfigError, match=r"is finished, and lacks \d+ of these 60 rows"):
         write(out, typed_for())
 
@@ -78,8 +76,6 @@ def test_an_unfinished_cache_of_other_rows_is_refused(typed_for, tmp_path, monke
             write(out, typed_for())
     with pytest.raises(ConfigError, match="was begun with other rows"):
         write(out, typed_for("data.max_rows=20"))
-    write(out, typed_for("data.max_rows=20", "rerun=true"))
-    assert CacheFolder.open(out).manifest.counts["read"] == 20
 
 
 def broken(*_):
