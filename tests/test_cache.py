@@ -16,7 +16,8 @@ from neo.data.prompt import IGNORE, PromptEncoder
 from neo.data.rows import to_conversation
 from neo.data.segments import content_of
 from neo.teachers.head_file import read_head
-from neo.teachers.store import CacheFolder, RowKey
+from neo.teachers.shards import RowKey
+from neo.teachers.store import CacheFolder
 from neo.teachers.unpack import given_of, unpacked
 from neo.training.cache_job import CacheJob
 from neo.training.command_line import console

@@ -12,8 +12,9 @@ from lab import write_rows
 from neo.losses.distillation import Distillation
 from neo.losses.divergences import forward_kl, jsd, reverse_kl
 from neo.losses.given import HiddenStates
+from neo.teachers.durable import CacheError
 from neo.teachers.measure import measured
-from neo.teachers.store import CacheError, CacheFolder
+from neo.teachers.store import CacheFolder
 from neo.training import cache_models
 from neo.training.certificate import (
     bytes_per_token,

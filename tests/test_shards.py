@@ -11,11 +11,11 @@ from shard_processes import add_many, add_until_killed, blob_of
 from small_cache import IDENTITY, SHAPES, stored
 
 from neo.teachers import durable
-from neo.teachers.durable import write_whole
+from neo.teachers.durable import CacheError, write_whole
 from neo.teachers.manifest import begin
 from neo.teachers.shard_writers import GrowingShard, ShardWriter
 from neo.teachers.shards import RECORD, RowKey, whole_shard
-from neo.teachers.store import CacheError, CacheFolder
+from neo.teachers.store import CacheFolder
 
 SPAWN = get_context("spawn")
 # lengths that end on a block, past one and before one

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from small_cache import EACH, IDENTITY, KEYS, NAMES, NUM_TOKENS, SHAPES, blobs, stored, write
 
+from neo.teachers.durable import CacheError
 from neo.teachers.manifest import begin, finish
 from neo.teachers.shards import RowKey
-from neo.teachers.store import CacheError, CacheFolder
+from neo.teachers.store import CacheFolder
 
 KEPT = stored("top_p")
 

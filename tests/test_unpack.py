@@ -4,8 +4,8 @@ import torch
 from small_cache import EACH, KEYS, NAMES, NUM_TOKENS, SHAPES, VOCAB, blobs, models, stored
 
 from neo.losses.given import HiddenStates, Listed, Projected
+from neo.teachers.durable import CacheError
 from neo.teachers.shards import StoredRow
-from neo.teachers.store import CacheError
 from neo.teachers.unpack import given_of, unpacked
 
 

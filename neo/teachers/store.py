@@ -9,45 +9,22 @@ from typing import Any
 import numpy as np
 
 from neo.teachers.durable import CacheError
-from neo.teachers.fields import Field, Shapes
-from neo.teachers.manifest import Manifest, begin, find_manifest, finish, sha256_of
-from neo.teachers.row_locks import RowLocks, number_of
+from neo.teachers.manifest import Manifest, find_manifest, sha256_of
+from neo.teachers.row_locks import number_of
 from neo.teachers.row_table import RowTable
-from neo.teachers.shard_writers import GrowingShard, ShardWriter
 from neo.teachers.shards import (
     GROWING,
     PARTS,
     RECORD,
     RowKey,
-    ShardEntry,
     StoredRow,
     bin_file,
     index_file,
     key_numbers,
     padded,
     valid_records,
-    whole_shard,
 )
-from neo.teachers.stored import Stored
 
-__all__ = [
-    "PARTS",
-    "CacheError",
-    "CacheFolder",
-    "Field",
-    "GrowingShard",
-    "Manifest",
-    "RowKey",
-    "RowLocks",
-    "Shapes",
-    "ShardEntry",
-    "ShardWriter",
-    "Stored",
-    "StoredRow",
-    "begin",
-    "finish",
-    "whole_shard",
-]
 _AGAIN = "restore it, or remove the folder and write the cache again"
 
 

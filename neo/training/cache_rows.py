@@ -20,7 +20,7 @@ from neo.data.prompt import IGNORE, Example
 from neo.data.reader import RowFailed, RowStream
 from neo.data.rows import BadRow
 from neo.data.validation import is_held_out, row_key
-from neo.teachers.store import RowKey
+from neo.teachers.shards import RowKey
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from neo.losses.fused import fused_sums
 from neo.losses.given import Given, HiddenStates, Listed
 from neo.losses.head import Head
 from neo.losses.products import wide
+from neo.teachers.durable import CacheError
 from neo.teachers.head_file import read_head
-from neo.teachers.shards import RECORD
-from neo.teachers.store import CacheError, CacheFolder, RowKey
+from neo.teachers.shards import RECORD, RowKey
+from neo.teachers.store import CacheFolder
 from neo.teachers.unpack import given_of, unpacked
 from neo.training.token_loss import Outputs
 
