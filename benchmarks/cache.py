@@ -33,7 +33,8 @@ from neo.losses.products import times, times_transposed
 from neo.teachers.fields import Shapes
 from neo.teachers.manifest import begin, finish
 from neo.teachers.measure import CHUNK, measured
-from neo.teachers.shards import RECORD, RowKey, ShardWriter, bin_file, padded
+from neo.teachers.shard_writers import ShardWriter
+from neo.teachers.shards import RECORD, RowKey, bin_file, padded
 from neo.teachers.store import CacheFolder
 from neo.teachers.stored import Stored
 from neo.teachers.unpack import given_of, unpacked
