@@ -98,6 +98,15 @@ def test_the_fewest_ids_whose_mass_reaches_p_are_kept_and_at_least_one(p):
         close(torch.exp(-found["rest"][token]), 1 - sizes[:wanted].sum())
 
 
+def test_a_list_is_no_longer_than_it_may_be_and_the_rest_is_what_it_leaves():
+    kept = stored("top_p", "float32", p=0.99, k=3)
+    found = columns(blobs(kept), kept)
+    sizes = exact(2.0)[0].sort(descending=True)[0]
+    used = found["log_p"].isfinite().sum(-1)
+    assert used.max() == 3
+    close(torch.exp(-found["rest"][used == 3]), sizes[used == 3, 3:].sum(-1))
+
+
 def test_more_ids_than_are_looked_at_first_are_found():
     vocab = 1000
     head = Head(weight=torch.eye(vocab))

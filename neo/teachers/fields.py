@@ -114,7 +114,7 @@ def fields_of(stored: Stored, shapes: Shapes) -> list[Field]:
         assert stored.k is not None  # resolved
         width: int | str = stored.k
     else:
-        longest = shapes.vocab if stored.kind == "top_p" else MAX_LIST
+        longest = (stored.k or shapes.vocab) if stored.kind == "top_p" else MAX_LIST
         dtype = "uint16" if longest <= MAX_LIST else "uint32"
         fields.append(Field(name=COUNT, dtype=dtype, what="how many ids are listed"))
         width = COUNT

@@ -16,7 +16,7 @@ class Keeping:
         kind: As in `Stored`; None is `projected` where the loss is forward KL and the student's
             head a frozen linear layer, else `hidden`: both are exact.
         values: As in `Stored`, as are the keys below.
-        k: Of `top_k` and `sampled`.
+        k: Of `top_k`, `top_p` and `sampled`.
         p: Of `top_p`.
         samples: Of `sampled`.
         proposal: Of `sampled`.

@@ -43,7 +43,10 @@ def most_likely(
 
 
 def nucleus(
-    log_p: Float[Tensor, "chunk vocab"], p: Float[Tensor, "chunk vocab"], mass: float
+    log_p: Float[Tensor, "chunk vocab"],
+    p: Float[Tensor, "chunk vocab"],
+    mass: float,
+    longest: int | None = None,
 ) -> Lists:
     """The fewest ids whose probabilities add up to `mass` at least, most likely first.
 
@@ -53,16 +56,17 @@ def nucleus(
         log_p: Log of p.
         p: Destroyed.
         mass: In (0, 1]; at 1 all ids that have a probability.
+        longest: At most so many ids, whatever their mass; None for no bound.
     """
-    vocab = p.shape[-1]
-    k = min(_FIRST, vocab)
+    longest = min(longest or p.shape[-1], p.shape[-1])
+    k = min(_FIRST, longest)
     while True:
         top, ids = p.topk(k, dim=-1)
         before = top.double().cumsum(-1) - top
         needed = (before < mass) & (top > 0)
-        if k == vocab or not needed[:, -1].any():
+        if k == longest or not needed[:, -1].any():
             break
-        k = min(8 * k, vocab)
+        k = min(8 * k, longest)
     needed[:, 0] = True
     counts = needed.sum(-1)
     # Of ids behind the list nothing is taken away.

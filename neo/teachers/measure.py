@@ -231,7 +231,7 @@ def _chunk(
         lists = most_likely(log_p, p, stored.k)
     elif stored.kind == "top_p":
         assert stored.p is not None  # resolved
-        lists = nucleus(log_p, p, float(stored.p))
+        lists = nucleus(log_p, p, float(stored.p), stored.k)
     else:
         assert uniform is not None
         assert stored.proposal is not None  # resolved

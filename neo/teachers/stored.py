@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "projected": {"values": "float32"},
     "hidden": {"values": None},
     "top_k": {"values": "fixed16", "k": 64, "missing": "other"},
-    "top_p": {"values": "fixed16", "p": 0.95, "missing": "other"},
+    "top_p": {"values": "fixed16", "p": 0.95, "k": None, "missing": "other"},
     "sampled": {"values": "fixed16", "k": None, "samples": 64, "proposal": 1.0},
 }
 
@@ -46,8 +46,8 @@ class Stored:
         values: How numbers are kept. Of `projected` float32, bfloat16 or int8 (rounded at random,
             right on average); of `hidden` float32, bfloat16 or float16, None is what the teacher
             gives; of lists float32 or fixed16 (steps of 2^-11 nats).
-        k: Of `top_k` how many ids are kept, 64; of `sampled` how many of the most likely ids are
-            kept exactly, before the rest is sampled.
+        k: Of `top_k` how many ids are kept, 64; of `top_p` how many at most; of `sampled` how many
+            of the most likely ids are kept exactly, before the rest is sampled.
         p: Of `top_p`: the fewest ids are kept whose probabilities add up to it, 0.95.
         samples: Of `sampled`: draws per token, 64.
         proposal: Of `sampled`: ids are drawn in proportion to their probability to this power.
