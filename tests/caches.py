@@ -34,7 +34,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def typed(student: Path, teacher: Path, rows: Path, *more: str) -> list[str]:
     """The overrides of a cache, as they are typed."""
-    return settings(student, teacher, rows.parent / "run", f"data.path={rows}", *more)
+    own = (f"data.path={rows}", "data.batch_size=4")
+    return settings(student, teacher, rows.parent / "run", *own, *more)
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:

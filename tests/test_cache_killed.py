@@ -93,7 +93,7 @@ def kill(*_):
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_ten_times_at_random_moments_it_is_the_same(tmp_path, overrides, kind):
     words = [o for o in overrides if not o.startswith("teacher.") or "path" in o]
-    words += KINDS[kind]
+    words += [*KINDS[kind], "data.batch_size=1"]
     chance = random.Random(kind)
     with small_shards(2):
         write(tmp_path / "whole", words)
