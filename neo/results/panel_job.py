@@ -159,7 +159,9 @@ class PanelJob:
     def _draw_pareto(self, axes: Axes) -> list[str]:
         x, y = self.panel.x[0], self.panel.y
         axes.set(xlabel=self._text(x, better=True), ylabel=self._text(y, better=True))
-        return draw_pareto(axes, x, y, self._own, self._references, self.height - 1.2)
+        return draw_pareto(
+            axes, x, y, self._own, self._references, self.height - 1.2, log=self.panel.log
+        )
 
     def _draw_sweep(self, axes: Axes) -> list[str]:
         panel, info = self.panel, quantity(self.panel.y)[0]

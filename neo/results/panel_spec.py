@@ -29,6 +29,7 @@ class PanelSpec:
         z: What a heat map's cells show.
         by: Key of a sweep or of curves: a line for each of its values.
         title: Above the panel; made from the names where empty.
+        log: A pareto panel's axes are logarithmic.
         name: The panel is also a file of its own, `figure-NAME.png`; not where empty.
     """
 
@@ -39,6 +40,7 @@ class PanelSpec:
     by: str = ""
     title: str = ""
     name: str = ""
+    log: bool = False
 
     @property
     def over_keys(self) -> bool:
@@ -87,6 +89,7 @@ def read_panel(node: Any, place: str) -> PanelSpec:
         by=entries.take("by", str, default=""),
         title=entries.take("title", str, default=""),
         name=entries.take("name", str, default=""),
+        log=entries.take("log", bool, default=False),
     )
     entries.finish()
     if panel.kind not in PANEL_KINDS:
@@ -119,6 +122,8 @@ def _check_shape(panel: PanelSpec, place: str, *, x_given: bool) -> None:
         raise ValueError(f"key '{place}.x' is missing; a {kind} panel needs its config keys")
     if panel.z and kind != "heatmap":
         raise ValueError(f"{place}.z: only a heatmap has one")
+    if panel.log and kind != "pareto":
+        raise ValueError(f"{place}.log: {kind} have none; legal for pareto")
     if panel.by and kind not in ("curves", "sweep"):
         raise ValueError(f"{place}.by: {kind} have none; legal for curves and sweep")
 

@@ -58,6 +58,8 @@ def draw_pareto(
     own: Sequence[TableRow],
     references: Sequence[TableRow],
     inches: float,
+    *,
+    log: bool = False,
 ) -> list[str]:
     """Draw a point per row at its means, each labelled in the margin, and return notes.
 
@@ -68,9 +70,10 @@ def draw_pareto(
         own: Rows that compete.
         references: Rows that are shown beside them, and neither beat nor are beaten.
         inches: Height of the axes, roughly.
+        log: Both axes are logarithmic; rows without a number above 0 are left out.
     """
     infos = (quantity(x)[0], quantity(y)[0])
-    own_points = _points(own, x, y, infos)
+    own_points = _points(own, x, y, infos, positive=log)
     front = pareto_front(
         [point for _, point, _ in own_points], (infos[0].better or "", infos[1].better or "")
     )
@@ -78,7 +81,7 @@ def draw_pareto(
         (label, point, stds, FRONT if i in front else REST)
         for i, (label, point, stds) in enumerate(own_points)
     ]
-    shown += [(*point, REFERENCE) for point in _points(references, x, y, infos)]
+    shown += [(*point, REFERENCE) for point in _points(references, x, y, infos, positive=log)]
     for _, (across, up), (x_std, y_std), colour in shown:
         axes.errorbar(
             across,
@@ -104,13 +107,20 @@ def draw_pareto(
         zorder=2,
     )
     # Room around the means: a deviation that goes on beyond the edge is a wide one.
+    if log and shown:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
     for limit, numbers in (
         (axes.set_xlim, [p[0] for _, p, _, _ in shown]),
         (axes.set_ylim, [p[1] for _, p, _, _ in shown]),
     ):
+        if log:
+            room = (max(numbers) / min(numbers)) ** 0.1 * 1.2
+            limit(min(numbers) / room, max(numbers) * room)
+            continue
         room = 0.15 * (max(numbers) - min(numbers)) or 0.05 * abs(max(numbers)) or 1.0
         limit(min(numbers) - room, max(numbers) + room)
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in () if log else (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6))
         if axis.get_view_interval()[1] >= 10_000:
             axis.set_major_formatter(EngFormatter(sep=""))
@@ -118,15 +128,20 @@ def draw_pareto(
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, borderpad=0.1
     )
-    missing = [row.spec.label for row in [*own, *references] if not _points([row], x, y, infos)]
-    notes = [f"left out: {', '.join(missing)}, without one of the two numbers"] if missing else []
+    missing = [
+        row.spec.label
+        for row in [*own, *references]
+        if not _points([row], x, y, infos, positive=log)
+    ]
+    without = "without one of the two numbers" + " above 0" * log
+    notes = [f"left out: {', '.join(missing)}, {without}"] if missing else []
     if any(std for _, _, stds, _ in shown for std in stds):
         notes.insert(0, "crosses: one standard deviation over the seeds")
     return notes
 
 
 def _points(
-    rows: Sequence[TableRow], x: str, y: str, infos: tuple[Metric, Metric]
+    rows: Sequence[TableRow], x: str, y: str, infos: tuple[Metric, Metric], *, positive: bool
 ) -> list[tuple[str, tuple[float, float], tuple[float, float]]]:
     """Return label, means and deviations, in printed units, of the rows that have both."""
     found = []
@@ -135,6 +150,8 @@ def _points(
         if across.mean is None or up.mean is None:
             continue
         point = (infos[0].scale * across.mean, infos[1].scale * up.mean)
+        if positive and min(point) <= 0:
+            continue
         found.append((row.spec.label, point, (_std(across, infos[0]), _std(up, infos[1]))))
     return found
 
@@ -150,7 +167,8 @@ def _label(
     low, high = axes.get_ylim()
     # Points at one height are told apart by the line: the right one's comes from above.
     order = sorted(points, key=lambda p: (p[1][1], p[1][0]))
-    wanted = [(up - low) / (high - low) for _, (_, up), _ in order]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [float(to_axes.transform(point)[1]) for _, point, _ in order]
     places = spread(wanted, LABEL_INCHES / inches, 0.02, 0.98)
     for (label, point, colour), place in zip(order, places, strict=True):
         axes.annotate(

@@ -222,9 +222,12 @@ def _chunk(
         columns["entropy"] = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     if stored.kind == "projected":
         assert student is not None  # checked
-        columns["mean_row"] = mean_rows(p, student.weight[: shapes.vocab])
+        # They add up to 1 but for some 5e-8, which times a mean logit of 20 is seen in the loss.
+        total = p.sum(-1, keepdim=True, dtype=_precise(p))
+        columns["mean_row"] = mean_rows(p, student.weight[: shapes.vocab]) / total
         if student.bias is not None:
-            columns["mean_bias"] = p @ student.bias[: shapes.vocab].to(p.dtype)
+            mean_bias = p @ student.bias[: shapes.vocab].to(p.dtype)
+            columns["mean_bias"] = mean_bias / total.squeeze(-1)
         return {name: _at_most_float32(column) for name, column in columns.items()}
     if stored.kind == "top_k":
         assert stored.k is not None  # resolved
@@ -252,6 +255,10 @@ def _listed(lists: Lists, stored: Stored) -> dict[str, Tensor]:
     if lists.log_rest is not None:
         columns["rest"] = -lists.log_rest
     return columns
+
+
+def _precise(p: Tensor) -> torch.dtype:
+    return p.dtype if p.device.type == "mps" else torch.float64
 
 
 def _at_most_float32(column: Tensor) -> Tensor:

@@ -266,9 +266,10 @@ def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
             ]
         )
     if data.num_rows is None:
-        held = folder.manifest.counts.get("read", 0) if folder.manifest.finished else 0
-        asked = data.data.max_rows
-        if asked is None or asked > held:
+        counts = folder.manifest.counts if folder.manifest.finished else {}
+        held, asked = counts.get("read", 0), data.data.max_rows
+        ended = held < counts.get("limit", 0)  # the stream did, before it had given as many
+        if not ended and (asked is None or asked > held):
             raise ConfigError(
                 [
                     f"data.max_rows={asked}: the cache at {folder.path} holds the first {held:,} "
