@@ -16,7 +16,7 @@ WRONG = [
     (dict(kind="logits"), ["kind='logits': must be one of projected, hidden"]),
     (dict(kind="top_k", k=0), ["k=0: must be a whole number of at least 1"]),
     (dict(kind="top_k", k=True), ["k=True: must be a whole"]),
-    (dict(kind="projected", k=3), ["k=3: is of kind=top_k or top_p or sampled, and this is 'projected'"]),
+    (dict(kind="projected", k=3), ["k=3: is of kind=top_k or top_p or sampled, and this"]),
     (dict(kind="top_k", samples=3), ["samples=3: is of kind=sampled, and this is 'top_k'"]),
     (dict(kind="sampled", samples=0), ["samples=0: must be a whole number"]),
     (dict(kind="sampled", missing="other"), ["missing='other': is of kind=top_k or top_p"]),
