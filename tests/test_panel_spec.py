@@ -72,6 +72,7 @@ WRONG = [
     ),
     ({"kind": "pareto", "x": "seconds", "y": "train/lr"}, r"\.y: train/lr has no better end"),
     ({"kind": "pareto", "x": "seconds", "y": "optim.lr"}, "unknown metric 'optim.lr'"),
+    ({"kind": "scatter", "x": "seconds", "y": "val/kd", "log": True}, "scatter have none; legal"),
     ({"kind": "seeds", "x": "val/kd", "name": "../x"}, r"\.name: '\.\./x', legal: letters, dig"),
     ({"kind": "seeds", "x": "val/kd", "name": 1}, "'figures.3..name' is 1, not of type str"),
 ]

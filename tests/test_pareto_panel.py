@@ -106,6 +106,16 @@ def test_the_front_is_joined_by_steps_along_what_can_be_had(axes, x, y, style, e
     assert front.get_xydata().tolist() == ends
 
 
+def test_with_logarithmic_axes_rows_need_numbers_above_0_and_labels_stand_at_their_points(axes):
+    rows = [row("small", (1.0, 0.001)), row("large", (100.0, 1.0)), row("none", (10.0, 0.0))]
+    notes = draw_pareto(axes, "seconds", TASK, rows, [], 3.0, log=True)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert any("none, without one of the two numbers above 0" in note for note in notes)
+    low, high = sorted(text.xyann[1] for text in axes.texts)
+    assert low < 0.4  # at its end, though it is a thousandth of the other
+    assert high > 0.6
+
+
 def test_every_point_has_one_label_beside_the_axes_and_none_overlaps(axes):
     crowd = [row(f"variant {i}", (30.0 + 0.01 * i, 0.5)) for i in range(13)]
     draw_pareto(axes, "seconds", TASK, crowd, [], axes.get_figure().get_figheight())
