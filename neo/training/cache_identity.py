@@ -7,6 +7,7 @@ import torch
 
 from neo.data.datamodule import DataModule
 from neo.losses.head import Head
+from neo.models.causal_lm import CausalLM
 from neo.teachers.identity import identity_of
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.stored import Stored
@@ -26,6 +27,15 @@ def hidden_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.dt
     """The dtype in which a run's loss multiplies the teacher's hidden states."""
     autocast = AUTOCAST.get(str(trainer.get("precision", "32-true")))
     return autocast or teacher_dtype(teacher, trainer)
+
+
+def head_dtype(student: CausalLM, trainer: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which a run's loss multiplies the student's frozen head.
+
+    A teacher is projected on the head as it is multiplied: that of another dtype is another one.
+    """
+    autocast = AUTOCAST.get(str(trainer.get("precision", "32-true")))
+    return autocast or planned_dtype(student, "cuda" if on_gpu(trainer) else "cpu")
 
 
 def spelt_dtype(dtype: torch.dtype) -> str:

@@ -25,6 +25,7 @@ from neo.teachers.measure import measured
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.shards import RowKey
 from neo.teachers.stored import Stored
+from neo.training.cache_identity import head_dtype
 from neo.training.cache_rows import keys_of
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.token_loss import Outputs, factors_of, outputs_of
@@ -117,6 +118,7 @@ class CacheModels:
         self.device: torch.device = trainer.strategy.root_device
         trainer.strategy.accelerator.setup_device(self.device)
         self.teacher_spec: OnlineTeacher = specs["teacher"]
+        self.head_dtype = head_dtype(self.student_spec, config["trainer"])
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
@@ -140,7 +142,7 @@ class CacheModels:
     def student_head(self) -> Head:
         """The student's head alone, as the products of the loss take it."""
         found = read_head(self.student_spec, self.device, trained=self.trained, seed=self.seed)
-        head = factors_of(found)
+        head = factors_of(found).to(self.head_dtype)
         bias = None if head.bias is None else head.bias[: self.vocab].to(self.device)
         return replace(head, weight=head.weight[: self.vocab].to(self.device), bias=bias)
 
@@ -184,8 +186,6 @@ class Measurer:
         # Cast once: a whole head, batch after batch, takes longer than a small teacher.
         if self.teacher_head is None:
             self.teacher_head = teacher.head.to(hidden.dtype)
-            if self.student_head is not None:
-                self.student_head = self.student_head.to(hidden.dtype)
         targets = batch.targets[batch.targets != IGNORE].to(hidden.device)
         keys = keys_of(part, examples)
         given = HiddenStates(hidden=hidden, head=self.teacher_head)

@@ -138,7 +138,7 @@ class CachedTargets:
             assert teacher is not None
             head = None
             if self.cache.stored.kind == "projected":  # gathered from all, where it is split
-                head = factors_of(head_of(student))
+                head = factors_of(head_of(student)).to(self.cache.head_dtype)
             if lacks:
                 taught = self._complete(taught, batch, teacher, head, wait=not together)
             else:

@@ -11,6 +11,7 @@ import torch
 
 from neo.config import ConfigError
 from neo.data.datamodule import DataModule
+from neo.data.reader import RowStream
 from neo.data.rows import BadRow
 from neo.losses.distillation import Distillation
 from neo.losses.head import Head
@@ -27,6 +28,7 @@ from neo.teachers.store import CacheFolder
 from neo.teachers.stored import Stored
 from neo.training.cache_identity import (
     cache_identity,
+    head_dtype,
     hidden_dtype,
     spelt_dtype,
 )
@@ -54,6 +56,7 @@ class RunCache:
         grows: The run stores what it lacks.
         num_lacking: Rows of the run that it lacks; None where that is not known.
         source: The teacher whose head hidden states need, and which computes what is lacking.
+        head_dtype: In which the loss multiplies the student's head.
     """
 
     path: Path
@@ -64,6 +67,7 @@ class RunCache:
     grows: bool
     num_lacking: int | None
     source: OnlineTeacher | None
+    head_dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
@@ -166,12 +170,14 @@ def _own_cache(
     if (path / UNFINISHED).exists():
         return None
     folder = _opened(path) if path.is_dir() else None
-    lacking = data_rows(data)
-    if folder is not None and lacking is not None:
-        lacking = len(_lacking(folder, data))
+    lacking = _lacking(folder, data, specs["loss"])
+    num_lacking = None if lacking is None else len(lacking)
+    if lacking is None and folder is not None and _stream_problem(folder, data) is None:
+        num_lacking = 0
     return RunCache(
         path=path, folder=folder, stored=stored, shapes=heads.shapes(stored.kind, vocab),
-        identity=identity, grows=True, num_lacking=lacking, source=teacher,
+        identity=identity, grows=True, num_lacking=num_lacking, source=teacher,
+        head_dtype=head_dtype(specs["student"], config["trainer"]),
     )  # fmt: skip
 
 
@@ -195,7 +201,7 @@ def _given_cache(
         raise ConfigError(
             [f"{where}: was made for other runs. What differs:", *(f"  {d}" for d in differing)]
         )
-    _check_rows(folder, data, where)
+    _check_rows(folder, data, specs["loss"], where)
     return RunCache(
         path=folder.path, folder=folder, stored=manifest.stored, shapes=manifest.shapes,
         identity=manifest.identity, grows=False, num_lacking=0, source=source,
@@ -222,42 +228,51 @@ def _student_head(
     student = specs["student"]
     device = torch.device("cuda" if on_gpu(config["trainer"]) else "cpu")  # decides on the dtype
     seed = config["seed"] if student.random_init else None
-    key = (str(student), str(student.identity()), str(device), seed, vocab)
+    dtype = head_dtype(student, config["trainer"])
+    key = (str(student), str(student.identity()), str(device), dtype, seed, vocab)
     if key not in _heads:
         head = read_head(student, device, trained=False, seed=config["seed"])
-        _heads[key] = head_identity(factors_of(head), vocab)
+        _heads[key] = head_identity(factors_of(head).to(dtype), vocab)
     return _heads[key]
 
 
-def data_rows(data: DataModule) -> int | None:
-    """Rows to train on and to validate on; None where the former are a stream."""
-    return None if data.num_rows is None else data.num_rows + data.num_val_rows
+def _asked(data: DataModule, spec: Distillation) -> list[tuple[int, RowStream]]:
+    """The rows whose targets a run asks for, with their part; without kd those to validate on."""
+    streams = [(0, data.train_stream())] if spec.kd_ratio > 0 else []
+    if (val := data.val_stream()) is not None:
+        streams.append((data.val_part, val))
+    return streams
 
 
-def _lacking(folder: CacheFolder, data: DataModule) -> list[str]:
-    """Rows of the run's tables that the cache lacks and that can be trained on, as they are called.
+def _lacking(folder: CacheFolder | None, data: DataModule, spec: Distillation) -> list[str] | None:
+    """Rows of a run that a cache lacks and that can be trained on, as they are called.
 
     Where many are lacking only the first are looked at, and the others are taken for good ones.
+    None where rows come from a stream, which has no list of them.
     """
     names = []
-    for part, stream in ((0, data.train_stream()), (data.val_part, data.val_stream())):
-        if stream is None or stream.indices is None:
-            continue
-        missing = folder.missing(part, np.asarray(stream.indices))
+    for part, stream in _asked(data, spec):
+        if stream.indices is None:
+            return None
+        rows: Any = stream.rows
+        missing = np.asarray(stream.indices)
+        if folder is not None:
+            missing = folder.missing(part, missing)
         called = "row" if part == 0 else "validation row"
         for number, row_id in enumerate(missing.tolist()):
-            if number < MAX_LOOKED_AT:
+            if folder is not None and number < MAX_LOOKED_AT:
                 try:
-                    stream.encoded.encode(row_id, stream.rows[row_id])  # type: ignore[index]
+                    stream.encoded.encode(row_id, rows[row_id])
                 except BadRow:
                     continue
             names.append(f"{called} {row_id}")
     return names
 
 
-def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
+def _check_rows(folder: CacheFolder, data: DataModule, spec: Distillation, where: str) -> None:
     """Raise where a run needs rows that the cache lacks."""
-    if lacking := _lacking(folder, data):
+    lacking = _lacking(folder, data, spec)
+    if lacking:
         raise ConfigError(
             [
                 f"{where}: lacks {len(lacking):,} rows of this run, such as {lacking[0]} "
@@ -265,14 +280,18 @@ def _check_rows(folder: CacheFolder, data: DataModule, where: str) -> None:
                 "run's data, or use teacher=auto, which stores what is lacking"
             ]
         )
-    if data.num_rows is None:
-        counts = folder.manifest.counts if folder.manifest.finished else {}
-        held, asked = counts.get("read", 0), data.data.max_rows
-        ended = held < counts.get("limit", 0)  # the stream did, before it had given as many
-        if not ended and (asked is None or asked > held):
-            raise ConfigError(
-                [
-                    f"data.max_rows={asked}: the cache at {folder.path} holds the first {held:,} "
-                    "rows of the stream; use at most as many"
-                ]
-            )
+    if lacking is None and (problem := _stream_problem(folder, data)) is not None:
+        raise ConfigError([problem])
+
+
+def _stream_problem(folder: CacheFolder, data: DataModule) -> str | None:
+    """Why a run may ask for more rows of a stream than the cache holds; None where it does not."""
+    counts = folder.manifest.counts if folder.manifest.finished else {}
+    held, asked = counts.get("read", 0), data.data.max_rows
+    # a stream that ended before it had given as many as were asked for is there whole
+    if held < counts.get("limit", 0) or (asked is not None and asked <= held):
+        return None
+    return (
+        f"data.max_rows={asked}: the cache at {folder.path} holds the first {held:,} rows of the "
+        "stream; use at most as many"
+    )
