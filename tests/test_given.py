@@ -124,6 +124,43 @@ def test_in_float32_the_mean_row_is_as_good_as_the_logits():
     assert errors[1][1] / gradient.norm() < 1e-6, errors
 
 
+@pytest.mark.parametrize("distance", [1.0, 0.3, 0.1])
+def test_in_bfloat16_a_student_near_its_teacher_keeps_its_gradient(distance):
+    """What the two mean rows have in common may not be rounded before it is taken away."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 64, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(200, 64, generator=generator, dtype=torch.float64) / 2
+    of_teacher = (
+        hidden + distance * torch.randn(200, 64, generator=generator, dtype=torch.float64) / 8
+    )
+    weight, hidden = weight.bfloat16().double(), hidden.bfloat16().double()
+    targets = torch.zeros(200, dtype=torch.int64)
+    spec = Distillation(kd_ratio=1.0)
+
+    def gradient(given, dtype):
+        leaf = hidden.detach().clone().to(dtype).requires_grad_()
+        fused_sums(leaf, Head(weight=weight.to(dtype)), given, targets, spec, 400).loss.backward()
+        return leaf.grad.double()
+
+    def online(dtype):
+        return HiddenStates(hidden=of_teacher.to(dtype), head=Head(weight=weight.to(dtype)))
+
+    p = (of_teacher.bfloat16().double() @ weight.T).softmax(-1)
+    facts = Facts(target=p[:, 0], top=p.argmax(-1))
+    projected = Projected(
+        mean_row=(p @ weight).float(), entropy=-(p * p.log()).sum(-1).float(),
+        temperature=1.0, facts=facts,
+    )  # fmt: skip
+    truth = gradient(
+        HiddenStates(hidden=of_teacher.bfloat16().double(), head=Head(weight=weight)), torch.float64
+    )
+    errors = [
+        (gradient(given, torch.bfloat16) - truth).norm() / truth.norm()
+        for given in (online(torch.bfloat16), projected)
+    ]
+    assert errors[1] < 1.5 * errors[0] < 0.01, errors
+
+
 @each_divergence
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("unused", [0, 2])

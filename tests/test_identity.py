@@ -35,6 +35,7 @@ def used_tokenizer():
 
 PARTS = dict(
     teacher=teacher(),
+    autocast=None,
     teacher_dtype="float32",
     tokenizer=tokenizer(),
     chat_template="{{ messages }}",
@@ -159,7 +160,7 @@ def test_a_data_set_of_the_hub_is_its_name_split_and_commit(monkeypatch):
     data = HubData(path="some/rows", name="7M", split="train")
     found = identity_of(**(PARTS | {"data": data}))["data"]
     assert found == {
-        "path": "some/rows", "name": "7M", "split": "train", "revision": "abc",
+        "path": "some/rows", "name": "7M", "split": "train", "revision": "abc", "val_share": 0.02,
         "schema": "messages",
     }  # fmt: skip
 

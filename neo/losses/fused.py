@@ -21,7 +21,7 @@ from neo.losses.divergences import forward_kl
 from neo.losses.given import Given, HiddenStates, Listed, Projected
 from neo.losses.head import Head
 from neo.losses.listed import ByList
-from neo.losses.products import add_transposed_times, times, wide
+from neo.losses.products import add_transposed_times, exact_times, times, wide
 
 # Where `loss.chunk_gib` is left open. On a CPU, memory is asked of the system anew and filled page
 # by page past 32 MiB a tensor, while products of few tokens are slow: as small as the first number
@@ -183,10 +183,13 @@ class _FusedSums(torch.autograd.Function):
                 if head.logit_scale != 1:
                     s.mul_(head.logit_scale)
                 if d_hidden is not None:
-                    d_hidden[chunk] = times(s, head.weight[:vocab])
                     if isinstance(teacher, Projected):
+                        # The two are close where the models are: no digit may go before they part.
+                        exact = exact_times(s, head.weight[:vocab])
                         factor = spec.kd_ratio * teacher.temperature * head.logit_scale
-                        d_hidden[chunk].sub_(teacher.mean_row[chunk], alpha=factor)
+                        d_hidden[chunk] = exact.sub_(teacher.mean_row[chunk], alpha=factor)
+                    else:
+                        d_hidden[chunk] = times(s, head.weight[:vocab])
                 if d_branch_input is not None:
                     assert head.branch is not None
                     d_branch_input[chunk] = times(s, head.branch[:vocab])

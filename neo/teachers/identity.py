@@ -24,6 +24,7 @@ def identity_of(
     *,
     teacher: OnlineTeacher | None,
     teacher_dtype: str,
+    autocast: str | None,
     tokenizer: Any,
     chat_template: str,
     data: Data,
@@ -36,7 +37,9 @@ def identity_of(
 
     Args:
         teacher: Where the weights lie, and how they are quantised; None leaves it out.
-        teacher_dtype: In which it computes, such as "bfloat16"; never "auto".
+        teacher_dtype: Of its weights, such as "bfloat16"; never "auto".
+        autocast: The dtype that products are made in under the trainer's precision; None for that
+            of the weights.
         tokenizer: The student's, a fast one.
         chat_template: The Jinja text.
         data: The rows.
@@ -51,7 +54,7 @@ def identity_of(
     """
     if stored.kind == "projected" and student_head is None:
         raise ValueError("student_head=None: kind=projected is made with the student's head")
-    of_teacher = {} if teacher is None else {"teacher": _teacher(teacher, teacher_dtype)}
+    of_teacher = {} if teacher is None else {"teacher": _teacher(teacher, teacher_dtype, autocast)}
     identity: dict[str, Any] = {
         **of_teacher,
         "tokenizer": _tokenizer(tokenizer),
@@ -134,8 +137,9 @@ def _shown(leaves: Mapping[str, Any], key: str) -> str:
     return json.dumps(leaves[key]) if key in leaves else "nothing"
 
 
-def _teacher(teacher: OnlineTeacher, dtype: str) -> dict[str, Any]:
+def _teacher(teacher: OnlineTeacher, dtype: str, autocast: str | None) -> dict[str, Any]:
     known: dict[str, Any] = {"path": teacher.path, **teacher.identity(), "dtype": dtype}
+    known |= {"slices": teacher.slices(), "autocast": autocast}
     known["quantization"] = teacher.quantization
     if teacher.quantization == "int4":
         known["quantization_group_size"] = teacher.group_size
@@ -158,7 +162,9 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 def _rows(data: Data) -> dict[str, Any]:
     if isinstance(data, HubData):
-        return {"path": data.path, "name": data.name, "split": data.split, **data.identity()}
+        # validation rows of a stream are numbered among those that this share holds out
+        own = {"path": data.path, "name": data.name, "split": data.split}
+        return {**own, "val_share": data.val_share, **data.identity()}
     return dict(data.identity())
 
 

@@ -229,6 +229,12 @@ def finish(
     return manifest
 
 
+def is_begun(path: Path) -> bool:
+    """Whether there is anything of a cache in a folder; it may be about to be written."""
+    known = any((path / name).exists() for name in (MANIFEST, UNFINISHED, GROWS))
+    return known or any(path.glob("*.index"))
+
+
 def find_manifest(path: Path) -> Manifest:
     """The manifest of a cache that can be read.
 

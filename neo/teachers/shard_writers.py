@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from neo.teachers.shards import (
     PADDING,
     RowKey,
     ShardEntry,
+    StoredRow,
     bin_file,
     index_file,
     padded,
@@ -138,23 +139,34 @@ class GrowingShard:
                 raise
 
     def add(self, key: RowKey, num_tokens: int, content: int, blob: bytes) -> None:
-        """Adds a row, which other processes see from now on.
+        """Adds a row, as `add_all`."""
+        self.add_all([(key, StoredRow(num_tokens, content, memoryview(blob)))])
+
+    def add_all(self, rows: Sequence[tuple[RowKey, StoredRow]]) -> None:
+        """Adds rows, which other processes see from now on: all of them, or none.
+
+        Their records are written at once, so that a run that is killed has none of a batch, and
+        computes it again as it lay.
 
         Raises:
-            CacheError: There is no room on the disk; the rows before it stay, and another may be
+            CacheError: There is no room on the disk; the rows before them stay, and others may be
                 tried later.
         """
-        record = record_of(key, self._sizes[0], num_tokens, content, blob)
-        blobs, records = self._descriptors
-        with told(self._files[0], padded(len(blob)) + len(record)):
+        size, records = self._sizes[0], b""
+        for key, row in rows:
+            records += record_of(key, size, row.num_tokens, row.content, bytes(row.blob))
+            size += padded(len(row.blob))
+        with told(self._files[0], size - self._sizes[0] + len(records)):
             try:
-                write_all(blobs, blob + bytes(-len(blob) % PADDING))
-                write_all(records, record)
+                for _, row in rows:
+                    blob = bytes(row.blob)
+                    write_all(self._descriptors[0], blob + bytes(-len(blob) % PADDING))
+                write_all(self._descriptors[1], records)
             except BaseException:
-                for descriptor, size in zip(self._descriptors, self._sizes, strict=True):
-                    os.ftruncate(descriptor, size)
+                for descriptor, before in zip(self._descriptors, self._sizes, strict=True):
+                    os.ftruncate(descriptor, before)
                 raise
-        self._sizes = [self._sizes[0] + padded(len(blob)), self._sizes[1] + len(record)]
+        self._sizes = [size, self._sizes[1] + len(records)]
 
     def close(self) -> None:
         """Makes what was added last; safe to call twice."""

@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from neo.teachers.shards import (
     valid_records,
 )
 
+# Each mapped shard takes one of the files that a process may have open, often 1,024.
+MAX_MAPPED = 256
 _AGAIN = "restore it, or remove the folder and write the cache again"
 
 
@@ -41,7 +44,7 @@ class CacheFolder:
         self._table = RowTable()
         self._names: list[str] = []  # of shards, by number
         self._seen: dict[str, tuple[int, int, int]] = {}  # growing: number, records, bytes of .bin
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()  # the last used behind the others
 
     @classmethod
     def open(cls, path: Path | str) -> "CacheFolder":
@@ -206,13 +209,17 @@ class CacheFolder:
                     f"belong; {self._advice(number)}"
                 )
             self._maps[number] = mapped
+            if len(self._maps) > MAX_MAPPED:
+                # its descriptor goes when the last row that was read of it does
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(number)
         return mapped
 
     def _advice(self, number: int) -> str:
         return _advice(self._names[number])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a mapping is of one process
+        return {**self.__dict__, "_maps": OrderedDict()}  # a mapping is of one process
 
 
 def _advice(name: str) -> str:

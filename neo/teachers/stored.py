@@ -127,6 +127,13 @@ class Stored:
         """Whether anything of it is drawn or rounded at random."""
         return self.kind == "sampled" or self.values == "int8"
 
+    @property
+    def is_lossy(self) -> bool:
+        """Whether anything of what the loss needs is rounded away or left out."""
+        if self.kind == "hidden":
+            return False  # kept as the teacher gives them, or as their owner asked
+        return self.kind != "projected" or self.values not in (None, "float32")
+
     def resolved(self, hidden_dtype: str | None = None) -> "Stored":
         """The same with every default filled in, and no seed where nothing is random.
 

@@ -66,6 +66,7 @@ def _calibration(
     cached = module.cached
 
     def given(batch: Batch) -> Given:
-        return cached.given(batch, model, base)
+        with module.trainer.precision_plugin.forward_context():  # as what is kept is made
+            return cached.given(batch, model, base)
 
     return calibration_of(on_device, given, module.loss, module.vocab)

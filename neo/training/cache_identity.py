@@ -66,10 +66,12 @@ def cache_identity(
         vocab: Ids that both models share.
         student_head: Of kind `projected` alone.
     """
+    autocast = AUTOCAST.get(str(config["trainer"].get("precision", "32-true")))
     dtype = "" if teacher is None else spelt_dtype(teacher_dtype(teacher, config["trainer"]))
     return identity_of(
         teacher=teacher,
         teacher_dtype=dtype,
+        autocast=None if autocast is None else spelt_dtype(autocast),
         tokenizer=data.encoder.tokenizer,
         chat_template=data.encoder.template,
         data=data.data,

@@ -61,7 +61,8 @@ def _certify(cached: CachedTargets, module: "NeoModule", data: DataModule) -> No
     stream = data.train_stream(alone=True)
     if stream.indices is None:  # its rows would have to be read again
         return
-    keys = [key for key in certified_keys(cached.folder) if key.row_id in set(stream.indices)]
+    own = set(stream.indices.tolist())
+    keys = [key for key in certified_keys(cached.folder) if key.row_id in own]
     table: Any = stream.rows
     rows = [stream.encoded.encode(key.row_id, table[key.row_id]) for key in keys]
     if not rows:
@@ -72,12 +73,12 @@ def _certify(cached: CachedTargets, module: "NeoModule", data: DataModule) -> No
 
     def of(model: PreTrainedModel, batch: Batch) -> Outputs:
         batch = batch.to(module.device)
-        with module.trainer.precision_plugin.forward_context():
-            return outputs_of(model, batch, batch.targets != IGNORE)
+        return outputs_of(model, batch, batch.targets != IGNORE)
 
-    certificate = certify(
-        cached.folder, rows, lambda b: of(student, b), lambda b: of(teacher, b),
-        vocab=module.vocab, pad_id=cached.pad_id,
-    ) | {"bytes_per_token": bytes_per_token(cached.folder)}  # fmt: skip
+    with module.trainer.precision_plugin.forward_context():
+        certificate = certify(
+            cached.folder, rows, lambda b: of(student, b), lambda b: of(teacher, b),
+            vocab=module.vocab, pad_id=cached.pad_id,
+        ) | {"bytes_per_token": bytes_per_token(cached.folder)}  # fmt: skip
     student.train(was_training)
     write_whole(cached.folder.path / CERTIFICATE, json.dumps(certificate, indent=1).encode())

@@ -80,7 +80,7 @@ class CacheRows:
     def __init__(self, data: DataModule) -> None:
         self.data = data.data
         train = data.train_stream(alone=True)
-        val: Any = data.val_dataloader()
+        val = data.val_stream()
         self.streams: dict[int, RowStream] = {0: train}
         own_table = isinstance(train.rows, RowTable)
         self.ids: dict[int, np.ndarray] = {}  # of the parts that are tables, ascending
@@ -92,12 +92,12 @@ class CacheRows:
                 "data.max_rows=null: must be a number for a cache of a stream, which would be read "
                 "to an end that nobody knows"
             )
-        if val:
-            stream = val.stream
+        if val is not None:
+            assert val.indices is not None  # they are a table, whatever the others are
             if data.val_part:
-                self.streams[1], self.ids[1] = stream, np.sort(stream.indices)
+                self.streams[1], self.ids[1] = val, np.sort(val.indices)
             else:
-                self.ids[0] = np.union1d(self.ids[0], stream.indices)
+                self.ids[0] = np.union1d(self.ids[0], val.indices)
 
     @property
     def encoder(self) -> Any:

@@ -226,22 +226,31 @@ class CachedTargets:
         """Runs the teacher over the rows that are lacking, and stores those that are this one's."""
         chosen = [taught.found[place] for place in places]
         alone = replace(batch, taught=None)
-        if len(chosen) < len(taught.found):  # the others were paid for
+        longest = max(segment.stop - segment.start for segment in chosen)
+        # the others were paid for; but rows that are laid out alone may take more room
+        apart = len(chosen) < len(taught.found)
+        if apart and len(chosen) * longest <= batch.targets.numel():
             alone = rows_alone(taught.batch, chosen, self.pad_id).to(batch.targets.device)
+            apart = False
         given = _run(teacher, alone)
         stored, shapes = self.cache.stored, self.cache.shapes
         keys = [(RowKey(taught.part, each.row_id), each.num_tokens) for each in chosen]
         targets = alone.targets[alone.targets != IGNORE]
+        if apart:
+            wanted = _tokens_of(taught.found, places).to(targets.device)
+            given, targets = replace(given, hidden=given.hidden[wanted]), targets[wanted]
         blobs = measured(given, targets, stored, shapes, keys, student_head)
         self.num_computed += len(chosen)
-        for place, segment, (key, num_tokens), blob in zip(
-            places, chosen, keys, blobs, strict=True
-        ):
-            if key in mine:
-                assert self._shard is not None
-                self._shard.add(key, num_tokens, segment.content, blob)
-                self.num_stored += 1
-            rows[place] = StoredRow(num_tokens, segment.content, memoryview(blob))
+        made = [
+            StoredRow(segment.num_tokens, segment.content, memoryview(blob))
+            for segment, blob in zip(chosen, blobs, strict=True)
+        ]
+        assert self._shard is not None
+        named = [(key, row) for (key, _), row in zip(keys, made, strict=True) if key in mine]
+        self._shard.add_all(named)
+        self.num_stored += len(named)
+        for place, row in zip(places, made, strict=True):
+            rows[place] = row
 
     def _begin(self) -> None:
         """The folder, and this process's own shard in it."""
@@ -274,6 +283,33 @@ class CachedTargets:
             f"{self.cache.path}: lacks {len(lacking)} rows of a batch, such as "
             f"{PARTS[taught.part]} {lacking[0]}; use teacher=auto, or write a cache that has them"
         )
+
+
+def check_all_alike(trainer: Any, has_teacher: bool, cached: CachedTargets | None) -> None:
+    """Raise where the processes of a run have found their cache in different states.
+
+    Each looks for itself when it starts, while other runs may be filling it; those that have a
+    teacher would then wait for those that have none.
+
+    Raises:
+        RuntimeError: In all of them.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if trainer.world_size == 1 or data is None:
+        return
+    each = data.ranks.gather([has_teacher, None if cached is None else cached.cache.name])
+    if any(one != each[0] for one in each):
+        raise RuntimeError(
+            f"the processes of this run found its cache in different states ({each}): another run "
+            "was filling it as they started. Start the same command again"
+        )
+
+
+def _tokens_of(found: Sequence[Segment], places: Sequence[int]) -> Tensor:
+    """Which of a batch's supervised tokens are of some of its rows."""
+    which = torch.zeros(len(found), dtype=torch.bool)
+    which[list(places)] = True
+    return which.repeat_interleave(torch.tensor([segment.num_tokens for segment in found]))
 
 
 def _run(teacher: PreTrainedModel, batch: Batch) -> HiddenStates:

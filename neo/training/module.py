@@ -22,7 +22,7 @@ from neo.models.student import inner, trained_parameters
 from neo.models.variants import Variant
 from neo.teachers.online import FrozenTeacher, OnlineTeacher
 from neo.training.attaching import attached
-from neo.training.cached_targets import CachedTargets
+from neo.training.cached_targets import CachedTargets, check_all_alike
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.loggers import wandb_id
 from neo.training.optim import AdamW
@@ -93,6 +93,8 @@ class NeoModule(L.LightningModule):
             return
         student, teacher, lora = self.specs
         strategy: Any = self.trainer.strategy if self._trainer else None
+        if strategy is not None:
+            check_all_alike(self.trainer, teacher is not None, self.cached)
         device = strategy.root_device if strategy else torch.device("cpu")
         split = getattr(strategy, "split_student", False)
         base = None if split else student.load(device, trained=lora.adapter is None, seed=self.seed)

@@ -76,7 +76,10 @@ def sample_of(
             what = "; ".join(error.problems)
             note = f"all tokens are counted as supervised, since {what}"
         else:
-            specs.update(find_teaching(config, specs, meeting.vocab, data))
+            if isinstance(specs["teacher"], CachedTeacher):
+                specs.update(find_teaching(config, specs, meeting.vocab, data))
+            elif getattr(specs["teacher"], "cache", None) is not None:
+                note = "the teacher runs; a run that finds all its rows in the cache has none"
             sample = peek(data, SAMPLE)
     _met[key] = meeting
     return sample, meeting, note

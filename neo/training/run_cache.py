@@ -22,7 +22,7 @@ from neo.teachers.fields import Shapes
 from neo.teachers.head_file import HEAD
 from neo.teachers.head_file import read_head as read_head_file
 from neo.teachers.identity import differences, head_identity, name_of
-from neo.teachers.manifest import UNFINISHED
+from neo.teachers.manifest import UNFINISHED, is_begun
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.store import CacheFolder
 from neo.teachers.stored import Stored
@@ -38,7 +38,7 @@ from neo.training.token_loss import factors_of
 
 CERTIFICATE = "certificate.json"  # of a cache that grows
 # So many rows that a cache lacks are looked at: a bad row is in none, and no batch asks for it.
-MAX_LOOKED_AT = 1000
+MAX_LOOKED_AT = 20_000
 # What this process has found out of students' heads.
 _heads: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -89,6 +89,12 @@ class RunCache:
         if self.folder is not None and HEAD in self.folder.manifest.files:
             return read_head_file(self.folder, device)
         assert self.source is not None
+        known = {key: self.identity["teacher"].get(key) for key in self.source.identity()}
+        if (now := self.source.identity()) != known:
+            raise CacheError(
+                f"{self.path}: keeps hidden states of {self.source.path} as it was ({known}), and "
+                f"it is another now ({now}); its head does not go with them"
+            )
         head = factors_of(read_head(self.source, device, trained=False))
         bias = None if head.bias is None else head.bias.to(device)
         return replace(head, weight=head.weight.to(device), bias=bias)
@@ -144,6 +150,13 @@ def find_teaching(
     teacher, cache, note = specs["teacher"], None, None
     if isinstance(teacher, CachedTeacher):
         cache = _given_cache(config, specs, vocab, data)
+    elif teacher is not None and teacher.cache is None and teacher.kind is not None:
+        raise ConfigError(
+            [
+                f"teacher.kind={teacher.kind}: nothing is kept without teacher.cache; set it, such "
+                "as teacher.cache=caches, or leave the kind out"
+            ]
+        )
     elif teacher is not None and teacher.cache is not None:
         cache = _own_cache(config, specs, vocab, data)
         if cache is None:
@@ -168,8 +181,15 @@ def _own_cache(
     identity = cache_identity(config, teacher, data, stored, vocab, head)
     path = Path(teacher.cache) / name_of(identity)
     if (path / UNFINISHED).exists():
+        if stored.is_lossy:
+            raise ConfigError(
+                [
+                    f"teacher.kind={stored.kind}: its cache {path} is not finished, and online the "
+                    "run would be another one; run neo.cache again, or wait for it"
+                ]
+            )
         return None
-    folder = _opened(path) if path.is_dir() else None
+    folder = _opened(path) if is_begun(path) else None
     lacking = _lacking(folder, data, specs["loss"])
     num_lacking = None if lacking is None else len(lacking)
     if lacking is None and folder is not None and _stream_problem(folder, data) is None:
@@ -231,7 +251,10 @@ def _student_head(
     dtype = head_dtype(student, config["trainer"])
     key = (str(student), str(student.identity()), str(device), dtype, seed, vocab)
     if key not in _heads:
-        head = read_head(student, device, trained=False, seed=config["seed"])
+        try:
+            head = read_head(student, device, trained=False, seed=config["seed"])
+        except ValueError as error:
+            raise ConfigError([f"student.{line}" for line in str(error).splitlines()]) from error
         _heads[key] = head_identity(factors_of(head).to(dtype), vocab)
     return _heads[key]
 
