@@ -20,6 +20,7 @@ NEEDS = {
     ("student", "llama3_1_pruned_1b"): ["student.path=pruned"],
     ("pair", "llama3_1_pruned_1b"): ["student.path=pruned"],
     ("experiment", "card"): ["scale=paper"],
+    ("teacher", "cached"): ["teacher.path=targets"],
 }
 # The experiments that have two scales; card has the paper's alone.
 TWO_SCALES = sorted(
