@@ -70,6 +70,7 @@ def test_every_variant_trains_the_same_adapter_from_a_cache(
     assert norm_of_difference(read, online) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_cache_is_read_whatever_the_packing_batch_order_and_readers(
     student_dir, teacher_dir, tmp_path
 ):
@@ -100,7 +101,8 @@ def test_a_cache_is_read_whatever_the_packing_batch_order_and_readers(
     assert record.metrics["val/agreement"] == beside.metrics["val/agreement"]
 
 
-@pytest.mark.parametrize("how", [pytest.param("auto", marks=pytest.mark.slow), "cached"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["auto", "cached"])
 def test_a_run_that_is_cut_off_goes_on_to_the_bit(how, student_dir, teacher_dir, tmp_path):
     short = ("trainer.max_epochs=-1", "trainer.max_steps=6", "checkpoint_every_n_steps=1",
              "data.batch_size=4", "data.packing=false")  # fmt: skip
@@ -187,10 +189,8 @@ def test_rows_that_a_cache_lacks_are_named_before_the_run(student_dir, teacher_d
     assert record.metrics["cache/rows_computed"] == NUM_ROWS - num
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["hidden", *(pytest.param(k, marks=pytest.mark.slow) for k in ("top_k", "top_p", "sampled"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hidden", "top_k", "top_p", "sampled"])
 def test_every_kind_is_filled_read_and_certified(kind, student_dir, teacher_dir, tmp_path):
     loss = ("loss=jsd",) if kind in ("hidden", "top_k") else ()
     for name in ("first", "second"):

@@ -88,6 +88,16 @@ def test_a_number_that_some_seeds_lack_says_how_many_it_is_made_of():
 NOT_OK = [status for status in STATUSES if status != "ok"]
 
 
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_key_that_a_run_does_not_have_is_null(absent):
+    plain = runs("neo", [1.0], config={"teacher": {} if absent else {"kind": None}})
+    kept = runs("lora", [2.0], config={"teacher": {"kind": "top_k"}})
+    where = [{"teacher.kind": [None]}, {"teacher.kind": ["top_k"]}]
+    rows = [RowSpec(label=str(i), where=each) for i, each in enumerate(where)]
+    made = build_table(spec(rows), [*plain, *kept])
+    assert [row.runs for row in made.rows] == [plain, kept]
+
+
 @pytest.mark.parametrize("status", NOT_OK)
 def test_a_run_that_did_not_finish_is_listed_with_its_reason_and_stays_out_of_the_mean(status):
     records = [*runs("neo", [1.0]), example_run("neo", 1, status=status, error="a\nb | c")]

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 
 from neo.results.metrics import Metric, quantity
 from neo.results.summary import Summary, TableRow, summarize
@@ -120,6 +126,12 @@ def draw_pareto(
             continue
         room = 0.15 * (max(numbers) - min(numbers)) or 0.05 * abs(max(numbers)) or 1.0
         limit(min(numbers) - room, max(numbers) + room)
+    for axis in (axes.xaxis, axes.yaxis) if log else ():
+        low, high = axis.get_view_interval()
+        axis.set_minor_formatter(NullFormatter())
+        if high / low < 1000:  # few powers of ten, or none
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     for axis in () if log else (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6))
         if axis.get_view_interval()[1] >= 10_000:

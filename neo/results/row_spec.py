@@ -17,7 +17,8 @@ class RowSpec:
 
     Attributes:
         label: As printed.
-        where: Config group or dotted config path to the values it may have; empty where quoted.
+        where: Config group or dotted config path to the values it may have, where null is also
+            a key that the run does not have; empty where quoted.
         group: Rows are compared with rows of the same group only.
         reference: Shown but not compared, such as the teacher; without a group it goes with all.
             A quoted row is one, too.

@@ -117,7 +117,8 @@ def build_table(spec: TableSpec, records: Iterable[RunRecord]) -> Table:
 def matches(run: RunRecord, where: dict[str, list[Value]]) -> bool:
     """Return whether the run has, at every key of `where`, one of the values named there.
 
-    A `where` that names nothing, as that of a quoted row, matches no run.
+    A key that the run does not have is null. A `where` that names nothing, as that of a quoted
+    row, matches no run.
     """
     return bool(where) and all(
         any(_same(lookup(run, key), value) for value in values) for key, values in where.items()
@@ -125,5 +126,7 @@ def matches(run: RunRecord, where: dict[str, list[Value]]) -> bool:
 
 
 def _same(left: Any, right: Value) -> bool:
+    if left is ABSENT:
+        return right is None  # a key that a run leaves out is as good as null
     # True == 1 in Python, but not in a config.
     return left == right and isinstance(left, bool) == isinstance(right, bool)
