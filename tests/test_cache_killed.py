@@ -75,6 +75,7 @@ def test_killed_between_its_files_and_started_again_it_is_the_same(
     assert contents(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_killed_before_its_certificate_it_gets_one_after_all(tmp_path, overrides, undisturbed):
     out = tmp_path / "cache"
     process = forked(out, overrides, lambda: setattr(CacheFolder, "open", kill))

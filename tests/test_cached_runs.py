@@ -180,6 +180,7 @@ def test_a_folder_that_is_no_cache_and_a_damaged_one_are_refused(filled, student
     assert "there are shards" in said
 
 
+@pytest.mark.slow
 def test_rows_that_a_cache_lacks_are_named_before_the_run(student_dir, teacher_dir, tmp_path):
     few = (*STEPS, *auto(tmp_path / "c"), "data.max_rows=4")
     num = fit(student_dir, teacher_dir, tmp_path / "a", *few).rows["used"]

@@ -126,8 +126,15 @@ def test_projected_gives_every_variant_the_loss_and_the_gradient_of_the_teacher_
 
 
 @pytest.mark.parametrize("divergence", all_divergences().values(), ids=all_divergences())
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+@pytest.mark.parametrize(
+    ("kind", "temperature"),
+    [
+        ("hidden", 1.0),
+        ("top_k", 2.0),
+        pytest.param("hidden", 2.0, marks=pytest.mark.slow),
+        pytest.param("top_k", 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_all_ids_or_hidden_states_give_every_divergence(
     kind, temperature, divergence, student_dir, teacher, rows, tmp_path
 ):
