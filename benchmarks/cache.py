@@ -27,12 +27,13 @@ from peaked_teacher import describe_states, mini_entropies, peaked_states
 from rich.console import Console
 from torch import Tensor
 
+from neo.losses.fused import CHUNK_GIB
 from neo.losses.given import HiddenStates
 from neo.losses.head import Head
 from neo.losses.products import times, times_transposed
 from neo.teachers.fields import Shapes
 from neo.teachers.manifest import begin, finish
-from neo.teachers.measure import CHUNK, measured
+from neo.teachers.measure import measured
 from neo.teachers.shard_writers import ShardWriter
 from neo.teachers.shards import RECORD, RowKey, bin_file, padded
 from neo.teachers.store import CacheFolder
@@ -173,7 +174,7 @@ def making(
 
 def products(given: HiddenStates, student: Head | None) -> None:
     """The matrix products of making a row, as many tokens at a time as `measured` takes."""
-    for hidden in given.hidden.split(CHUNK["cpu"][1]):
+    for hidden in given.hidden.split(CHUNK_GIB["cpu"][1]):
         logits = times_transposed(hidden, given.head.weight)
         if student is not None:
             times(logits, student.weight)

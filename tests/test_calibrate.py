@@ -140,7 +140,7 @@ def test_a_run_computes_it_once_records_what_it_took_and_goes_on_without_it(
     assert cut["metrics"]["perf/init_rows"] == 12
     # what would compute it again is not there any more
     monkeypatch.setattr(f"neo.models.calibration.{INITS[name]}", None)
-    monkeypatch.setattr("neo.training.module.first_batches", None)
+    monkeypatch.setattr("neo.training.attaching.first_batches", None)
     resumed = fit(student_dir, teacher_dir, tmp_path / "cut", *settings)
     for parameter, value in trained(tmp_path / "whole").items():
         assert torch.equal(trained(tmp_path / "cut")[parameter], value)

@@ -6,6 +6,7 @@ import sys
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lab import compose, compose_raw
 
 from neo.config import conf_dir, register, validate
@@ -37,7 +38,12 @@ def jobs(experiment):
         sweeper = hydra_compose(
             "config", [f"experiment={experiment}", "scale=paper"], return_hydra_config=True
         ).hydra.sweeper
-    swept = {key: str(values).split(",") for key, values in (sweeper.get("params") or {}).items()}
+    typed = [f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()]
+    swept = {
+        override.get_key_element(): list(override.sweep_string_iterator())
+        if override.is_sweep_override() else [override.get_value_element_as_str()]
+        for override in OverridesParser.create().parse_overrides(typed)
+    }  # fmt: skip
     if "over" in sweeper:
         swept = {sweeper.over: list(sweeper.choices), sweeper.search.key: sweeper.search["values"]}
     return [

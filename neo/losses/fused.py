@@ -21,7 +21,13 @@ from neo.losses.divergences import forward_kl
 from neo.losses.given import Given, HiddenStates, Listed, Projected
 from neo.losses.head import Head
 from neo.losses.listed import ByList
-from neo.losses.products import add_transposed_times, exact_times, times, wide
+from neo.losses.products import (
+    add_transposed_times,
+    exact_times,
+    product_dtype,
+    times,
+    wide,
+)
 
 # Where `loss.chunk_gib` is left open. On a CPU, memory is asked of the system anew and filled page
 # by page past 32 MiB a tensor, while products of few tokens are slow: as small as the first number
@@ -150,7 +156,7 @@ class _FusedSums(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs = (hidden, branch_input, weight, bias, branch)
         wanted = [training and needed for needed in ctx.needs_input_grad[: len(inputs)]]
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         sums = ChunkSums(wide(dtype), hidden.device)
         # What is a sum over tokens is summed in float32 or more, whatever the dtype of the models.
         d_hidden, d_branch_input, d_weight, d_bias, d_branch = gradients = [
@@ -305,11 +311,3 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
     size = math.ceil(tokens / math.ceil(tokens / size))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the factors: autocast's where it is on, else that of the model."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype

@@ -22,6 +22,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of a product's factors: autocast's where it is on, else that of hidden states."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
 def times_transposed(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"]) -> Float[Tensor, "m n"]:
     """`a @ b.T` in float32 or float64; without gradient."""
     if by_onednn(a, b):

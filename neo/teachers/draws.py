@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from neo.teachers.lists import Lists
-from neo.teachers.shards import PARTS, RowKey
+from neo.teachers.shards import RowKey, key_number
 from neo.teachers.stored import Stored
 
 
@@ -24,8 +24,7 @@ def generator(stored: Stored, key: RowKey, purpose: Purpose) -> np.random.Genera
 
     Philox (Salmon et al. 2011) has a sequence of its own for every key.
     """
-    number = key.row_id * len(PARTS) + key.part
-    words = np.array([stored.seed, number], dtype=np.uint64)
+    words = np.array([stored.seed, key_number(key)], dtype=np.uint64)
     counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=words, counter=counter))
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from neo.losses.fused import CHUNK_GIB
 from neo.losses.given import HiddenStates
 from neo.losses.head import Head
-from neo.losses.products import times
+from neo.losses.products import product_dtype, times
 from neo.teachers.bits import pack
 from neo.teachers.draws import Purpose, generator, sampled_lists
 from neo.teachers.fields import COUNT, DTYPES, Field, Shapes, fields_of, joined
@@ -18,9 +19,6 @@ from neo.teachers.lists import Lists, most_likely, nucleus
 from neo.teachers.shards import PARTS, RowKey
 from neo.teachers.stored import Stored
 
-# GiB that the logits of a chunk and what is made of them take, and its least tokens, by device:
-# those of `neo.losses.fused`, for its reasons.
-CHUNK = {"cpu": (3 / 64, 128), "cuda": (1.0, 1)}
 # Numbers of four bytes per token and id: logits, probabilities, and cumulated ones in float64.
 _COPIES = 6
 
@@ -167,11 +165,9 @@ def _columns(
 ) -> dict[str, np.ndarray]:
     """The numbers of all tokens before they are rounded, as float32, ids and counts."""
     device = given.hidden.device
-    dtype = given.hidden.dtype
-    if torch.is_autocast_enabled(device.type):  # as the loss multiplies
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = product_dtype(given.hidden)  # as the loss multiplies
     if chunk_tokens is None:
-        gib, least = CHUNK.get(device.type, CHUNK["cuda"])
+        gib, least = CHUNK_GIB.get(device.type, CHUNK_GIB["cuda"])
         chunk_tokens = max(least, int(gib * 2**30 / (_COPIES * 4 * shapes.vocab)))
     uniform = None
     if stored.kind == "sampled":

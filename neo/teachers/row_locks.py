@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neo.teachers.durable import CacheError
-from neo.teachers.shards import PARTS, RowKey
+from neo.teachers.shards import RowKey, key_number
 
 LOCKS = "locks"
 
@@ -41,7 +41,7 @@ class RowLocks:
         Raises:
             CacheError: The file system has no locks.
         """
-        numbers = {number_of(key): key for key in keys}
+        numbers = {key_number(key): key for key in keys}
         got: list[int] = []
         try:
             for number in sorted(numbers):
@@ -68,8 +68,3 @@ class RowLocks:
     def close(self) -> None:
         """Releases everything."""
         os.close(self._descriptor)
-
-
-def number_of(key: RowKey) -> int:
-    """Which byte of the file is the row's."""
-    return key.row_id * len(PARTS) + key.part  # as `shards.key_numbers`

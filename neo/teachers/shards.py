@@ -73,6 +73,11 @@ def key_numbers(part: int | np.ndarray, row_ids: np.ndarray) -> np.ndarray:
     return row_ids.astype(np.int64) * len(PARTS) + part
 
 
+def key_number(key: RowKey) -> int:
+    """A row as a single number: its place among those looked up, and its byte of the locks."""
+    return key.row_id * len(PARTS) + key.part  # as `key_numbers` has it for many
+
+
 def record_of(key: RowKey, offset: int, num_tokens: int, content: int, blob: bytes) -> bytes:
     """The record of a row whose padded blob begins at `offset`.
 

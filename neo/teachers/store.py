@@ -11,7 +11,6 @@ import numpy as np
 
 from neo.teachers.durable import CacheError
 from neo.teachers.manifest import Manifest, find_manifest, sha256_of
-from neo.teachers.row_locks import number_of
 from neo.teachers.row_table import RowTable
 from neo.teachers.shards import (
     GROWING,
@@ -21,6 +20,7 @@ from neo.teachers.shards import (
     StoredRow,
     bin_file,
     index_file,
+    key_number,
     key_numbers,
     padded,
     valid_records,
@@ -63,7 +63,7 @@ class CacheFolder:
         return len(self._table)
 
     def __contains__(self, key: RowKey) -> bool:
-        return self._table.find(number_of(key)) is not None
+        return self._table.find(key_number(key)) is not None
 
     def keys(self) -> list[RowKey]:
         """All rows, in the order of shards and of rows within them."""
@@ -82,7 +82,7 @@ class CacheFolder:
         Raises:
             KeyError: It is not there.
         """
-        found = self._table.find(number_of(key))
+        found = self._table.find(key_number(key))
         if found is None:
             raise KeyError(key)
         return int(found[0]["num_tokens"])
@@ -94,7 +94,7 @@ class CacheFolder:
             KeyError: The row is not there.
             CacheError: It is damaged.
         """
-        found = self._table.find(number_of(key))
+        found = self._table.find(key_number(key))
         if found is None:
             raise KeyError(key)
         record, number = found

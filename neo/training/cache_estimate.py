@@ -219,7 +219,7 @@ def spelt_bytes(num: float | int) -> str:
     """A size as it is read.
 
     Example:
-        >>> spelt_bytes(900), spelt_bytes(5 * 2**20), spelt_bytes(1.25 * 2**40)
+        >>> spelt_bytes(900), spelt_bytes(5 * 2**20), spelt_bytes(1.3 * 2**40)
         ('900 bytes', '5.0 MiB', '1.3 TiB')
     """
     if num < 1024:

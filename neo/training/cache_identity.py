@@ -23,10 +23,14 @@ def teacher_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.d
     return planned_dtype(teacher, own or ("cuda" if on_gpu(trainer) else "cpu"))
 
 
+def autocast_dtype(trainer: Mapping[str, Any]) -> torch.dtype | None:
+    """That of products under the trainer's precision; None for that of the weights."""
+    return AUTOCAST.get(str(trainer.get("precision", "32-true")))
+
+
 def hidden_dtype(teacher: OnlineTeacher, trainer: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which a run's loss multiplies the teacher's hidden states."""
-    autocast = AUTOCAST.get(str(trainer.get("precision", "32-true")))
-    return autocast or teacher_dtype(teacher, trainer)
+    return autocast_dtype(trainer) or teacher_dtype(teacher, trainer)
 
 
 def head_dtype(student: CausalLM, trainer: Mapping[str, Any]) -> torch.dtype:
@@ -34,8 +38,8 @@ def head_dtype(student: CausalLM, trainer: Mapping[str, Any]) -> torch.dtype:
 
     A teacher is projected on the head as it is multiplied: that of another dtype is another one.
     """
-    autocast = AUTOCAST.get(str(trainer.get("precision", "32-true")))
-    return autocast or planned_dtype(student, "cuda" if on_gpu(trainer) else "cpu")
+    own = planned_dtype(student, "cuda" if on_gpu(trainer) else "cpu")
+    return autocast_dtype(trainer) or own
 
 
 def spelt_dtype(dtype: torch.dtype) -> str:
@@ -66,7 +70,7 @@ def cache_identity(
         vocab: Ids that both models share.
         student_head: Of kind `projected` alone.
     """
-    autocast = AUTOCAST.get(str(config["trainer"].get("precision", "32-true")))
+    autocast = autocast_dtype(config["trainer"])
     dtype = "" if teacher is None else spelt_dtype(teacher_dtype(teacher, config["trainer"]))
     return identity_of(
         teacher=teacher,

@@ -15,7 +15,6 @@ from neo.config import ConfigError
 from neo.data.loader import TooManyBadRows
 from neo.data.packing import RowReport
 from neo.teachers.durable import write_whole
-from neo.teachers.fields import fields_of
 from neo.teachers.head_file import HEAD, write_head
 from neo.teachers.identity import name_of
 from neo.teachers.manifest import MANIFEST, begin, finish
@@ -28,9 +27,10 @@ from neo.training.cache_estimate import (
     estimate_lines,
     spelt_bytes,
 )
-from neo.training.cache_identity import cache_identity, hidden_dtype, spelt_dtype
+from neo.training.cache_heads import kept_of
+from neo.training.cache_identity import cache_identity
 from neo.training.cache_limits import refuse_unfit, told_out_of_memory
-from neo.training.cache_models import CacheModels, Measurer, heads_of
+from neo.training.cache_models import CacheModels, Measurer
 from neo.training.cache_progress import CacheProgress
 from neo.training.cache_rows import CacheRows
 from neo.training.cache_standing import (
@@ -83,25 +83,15 @@ class CacheJob:
         L.seed_everything(config["seed"], workers=True, verbose=False)
         self.specs = build_specs(config)
         self.meeting, self.data = meet_all(config, self.specs)
-        student, teacher, lora = (self.specs[name] for name in ("student", "teacher", "lora"))
-        heads = heads_of(student, lora, teacher)
-        self.loss, self.head_changes = self.specs["loss"], heads.changes
-        head: Any = {"head_changes": heads.changes, "softcap": heads.softcap}
-        stored = teacher.stored(self.loss, **head)
-        self.stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
-        if refusals := self.stored.given_refusals(self.loss, **head):
-            raise ConfigError([f"teacher.kind={self.stored.kind}: {why}" for why in refusals])
-        self.shapes = heads.shapes(self.stored.kind, self.meeting.vocab)
+        kept = kept_of(config, self.specs, self.meeting.vocab)
+        self.stored, self.shapes, self.head_changes = kept.stored, kept.shapes, kept.head_changes
         try:
             self.rows = CacheRows(self.data)
         except ValueError as error:
             raise ConfigError(str(error).splitlines()) from error
-        try:
-            fields_of(self.stored, self.shapes)
-        except ValueError as error:
-            raise ConfigError([f"teacher.{error}"]) from error
         self.models = CacheModels(config, self.specs, self.meeting.vocab)
         self.student_head = self.models.student_head() if self.stored.kind == "projected" else None
+        teacher = self.specs["teacher"]
         self.identity = cache_identity(
             config, teacher, self.data, self.stored, self.meeting.vocab, self.student_head
         )

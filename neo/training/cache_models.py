@@ -14,12 +14,10 @@ from neo.data.prompt import IGNORE, Example
 from neo.data.segments import content_of
 from neo.losses.given import HiddenStates
 from neo.losses.head import Head
+from neo.losses.products import product_dtype
 from neo.models.causal_lm import CausalLM
-from neo.models.head import OutputHead, head_of
 from neo.models.head_weights import read_head
 from neo.models.hidden import check_packing
-from neo.models.student import build_meta_student, inner
-from neo.models.variants import Variant
 from neo.teachers.fields import Shapes
 from neo.teachers.measure import measured
 from neo.teachers.online import OnlineTeacher
@@ -30,62 +28,6 @@ from neo.training.cache_rows import keys_of
 from neo.training.frozen_linear import speed_up_frozen
 from neo.training.token_loss import Outputs, factors_of, outputs_of
 from neo.training.trainer import build_trainer
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What is known of both heads before a weight is read.
-
-    Args:
-        changes: The student's is trained, or has a branch.
-        softcap: Bound on the student's logits.
-        d_student: Width of the student's.
-        student_bias: It has a bias.
-        d_teacher: Width of the teacher's.
-        teacher_rows: Rows of the teacher's.
-    """
-
-    changes: bool
-    softcap: float | None
-    d_student: int
-    student_bias: bool
-    d_teacher: int
-    teacher_rows: int
-
-    def shapes(self, kind: str, vocab: int) -> Shapes:
-        """Of a cache of that kind."""
-        projected = kind == "projected"
-        return Shapes(
-            vocab=vocab,
-            d_student=self.d_student if projected else None,
-            d_teacher=self.d_teacher,
-            teacher_rows=self.teacher_rows,
-            student_bias=projected and self.student_bias,
-        )
-
-
-def heads_of(student: CausalLM, lora: Variant, teacher: OnlineTeacher) -> Heads:
-    """Those of a student with its branch, and of its teacher."""
-    head, of_teacher = meta_head(student, lora), head_of(teacher.meta())
-    return Heads(
-        changes=head_changes(head),
-        softcap=head.softcap,
-        d_student=head.weight.shape[1],
-        student_bias=head.bias is not None,
-        d_teacher=of_teacher.weight.shape[1],
-        teacher_rows=of_teacher.weight.shape[0],
-    )
-
-
-def meta_head(student: CausalLM, lora: Variant) -> OutputHead:
-    """That of a student with its branch, on the meta device."""
-    return head_of(inner(build_meta_student(student, lora)))
-
-
-def head_changes(head: OutputHead) -> bool:
-    """Whether it is trained, or has a branch."""
-    trained = any(x is not None and x.requires_grad for x in (head.weight, head.bias))
-    return trained or head.lora is not None
 
 
 @dataclass(frozen=True)
@@ -155,9 +97,7 @@ class CacheModels:
         batch = batch.to(self.device, non_blocking=True)
         with self.precision.forward_context():
             found = outputs_of(model, batch, batch.targets != IGNORE)
-            dtype = found.hidden.dtype
-            if torch.is_autocast_enabled(self.device.type):
-                dtype = torch.get_autocast_dtype(self.device.type)
+            dtype = product_dtype(found.hidden)
         return Outputs(found.hidden.to(dtype), None, found.head)
 
 

@@ -15,11 +15,8 @@ from neo.teachers.shards import PARTS, ShardEntry, whole_shard
 from neo.training.cache_models import Measured, Measurer
 from neo.training.cache_progress import CacheProgress
 from neo.training.cache_rows import CacheRows, Span, SpanRows
-from neo.training.cache_standing import LAYOUT
+from neo.training.cache_standing import LAYOUT, PATIENCE_S, WAIT_S
 from neo.training.run_cache import CERTIFICATE
-
-WAIT_S = 0.2  # between two looks for the shards of other processes
-PATIENCE_S = 20.0  # after which is said what is waited for
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,13 +67,12 @@ class CachedTargets:
     Attributes:
         num_read: Rows that were read.
         num_computed: Rows that the teacher ran over.
-        num_stored: Of these, rows that were stored: not those of another process meanwhile.
     """
 
     def __init__(self, cache: RunCache, pad_id: int) -> None:
         self.cache, self.pad_id = cache, pad_id
         self.folder = cache.folder
-        self.num_read = self.num_computed = self.num_stored = 0
+        self.num_read = self.num_computed = 0
         self._lock = threading.Lock()  # batches are looked up in a thread of their own
         self._shard: GrowingShard | None = None
         self._locks: RowLocks | None = None
@@ -199,7 +197,8 @@ class CachedTargets:
         assert self.folder is not None
         keys = [RowKey(taught.part, segment.row_id) for segment in taught.found]
         wanted = [key for key, row in zip(keys, taught.rows, strict=True) if row is None]
-        with self._held(wanted, wait=wait) as mine:
+        assert self._locks is not None
+        with self._locks.held(wanted, wait=wait) as mine:
             with self._lock:
                 self.folder.refresh()
             rows = list(taught.rows)
@@ -248,7 +247,6 @@ class CachedTargets:
         assert self._shard is not None
         named = [(key, row) for (key, _), row in zip(keys, made, strict=True) if key in mine]
         self._shard.add_all(named)
-        self.num_stored += len(named)
         for place, row in zip(places, made, strict=True):
             rows[place] = row
 
@@ -263,9 +261,6 @@ class CachedTargets:
         self._locks = RowLocks(cache.path)
         if self.folder is None:
             self.folder = CacheFolder.open(cache.path)
-
-    def _held(self, keys: Sequence[RowKey], *, wait: bool) -> Any:
-        return nullcontext([]) if self._locks is None else self._locks.held(keys, wait=wait)
 
     def _head(self, batch: Batch) -> Head | None:
         """The teacher's, where hidden states are kept; read once."""

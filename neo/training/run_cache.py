@@ -26,13 +26,8 @@ from neo.teachers.manifest import UNFINISHED, is_begun
 from neo.teachers.online import OnlineTeacher
 from neo.teachers.store import CacheFolder
 from neo.teachers.stored import Stored
-from neo.training.cache_identity import (
-    cache_identity,
-    head_dtype,
-    hidden_dtype,
-    spelt_dtype,
-)
-from neo.training.cache_models import head_changes, heads_of, meta_head
+from neo.training.cache_heads import check_loss, head_changes, kept_of, meta_head
+from neo.training.cache_identity import cache_identity, head_dtype
 from neo.training.devices import on_gpu
 from neo.training.token_loss import factors_of
 
@@ -81,8 +76,9 @@ class RunCache:
 
     def model_record(self) -> dict[str, str]:
         """What a run's record says of its teacher."""
-        known = {key: str(value) for key, value in self.identity["teacher"].items()}
-        return {**known, "cache": self.name}
+        known = self.identity["teacher"].items()
+        given = {key: str(value) for key, value in known if value is not None}
+        return {**given, "cache": self.name}
 
     def teacher_head(self, device: torch.device) -> Head:
         """The teacher's, of kind hidden: it lies beside the rows, or with the teacher."""
@@ -117,11 +113,7 @@ class RunCache:
 
     def describe(self) -> str:
         """One line for whoever starts the run."""
-        kind = (
-            self.stored.kind
-            if self.stored.values is None
-            else (f"{self.stored.kind}, {self.stored.values}")
-        )
+        kind = ", ".join(filter(None, (self.stored.kind, self.stored.values)))
         head = f"cache {self.path} ({kind})"
         if self.folder is None:
             return f"{head}: is begun by this run, which stores what it computes"
@@ -171,12 +163,8 @@ def _own_cache(
     """The cache that the run's teacher has or will have; None where it is not finished."""
     teacher: OnlineTeacher = specs["teacher"]
     assert teacher.cache is not None
-    heads = heads_of(specs["student"], specs["lora"], teacher)
-    stored = teacher.stored(specs["loss"], head_changes=heads.changes, softcap=heads.softcap)
-    stored = stored.resolved(spelt_dtype(hidden_dtype(teacher, config["trainer"])))
-    _check_loss(
-        stored, specs["loss"], "teacher.kind", head_changes=heads.changes, softcap=heads.softcap
-    )
+    kept = kept_of(config, specs, vocab)
+    stored = kept.stored
     head = _student_head(config, specs, vocab) if stored.kind == "projected" else None
     identity = cache_identity(config, teacher, data, stored, vocab, head)
     path = Path(teacher.cache) / name_of(identity)
@@ -195,7 +183,7 @@ def _own_cache(
     if lacking is None and folder is not None and _stream_problem(folder, data) is None:
         num_lacking = 0
     return RunCache(
-        path=path, folder=folder, stored=stored, shapes=heads.shapes(stored.kind, vocab),
+        path=path, folder=folder, stored=stored, shapes=kept.shapes,
         identity=identity, grows=True, num_lacking=num_lacking, source=teacher,
         head_dtype=head_dtype(specs["student"], config["trainer"]),
     )  # fmt: skip
@@ -211,7 +199,7 @@ def _given_cache(
     source = teacher.teacher()
     own = meta_head(specs["student"], specs["lora"])
     changes = head_changes(own)
-    _check_loss(manifest.stored, specs["loss"], where, head_changes=changes, softcap=own.softcap)
+    check_loss(manifest.stored, specs["loss"], where, head_changes=changes, softcap=own.softcap)
     head = _student_head(config, specs, vocab) if manifest.stored.kind == "projected" else None
     of_run = cache_identity(config, None, data, manifest.stored, vocab, head)
     of_run["teacher"] = dict(manifest.identity["teacher"])
@@ -233,12 +221,6 @@ def _opened(path: Path) -> CacheFolder:
         return CacheFolder.open(path)
     except CacheError as error:
         raise ConfigError(str(error).splitlines()) from error
-
-
-def _check_loss(stored: Stored, spec: Distillation, where: str, **head: Any) -> None:
-    refused = stored.given_refusals(spec, **head)
-    if refused:
-        raise ConfigError([f"{where}: {reason}" for reason in refused])
 
 
 def _student_head(
