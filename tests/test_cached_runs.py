@@ -58,6 +58,20 @@ def test_twenty_steps_from_a_cache_train_the_adapter_of_the_teacher_itself(
     assert records[2].models["teacher"]["hash"] == records[0].models["teacher"]["hash"]
 
 
+def test_a_run_over_a_stream_measures_the_cache_that_it_fills(student_dir, teacher_dir, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.jsonl").write_text((ROWS / "messages.jsonl").read_text())
+    stream = (
+        "data=infinity_instruct", f"data.path={tmp_path / 'rows'}", "data.name=null",
+        "data.schema=messages", "data.max_rows=null", "data.num_workers=0",
+    )  # fmt: skip
+    record = fit(student_dir, teacher_dir, tmp_path / "run", *stream, *STEPS, *auto(tmp_path / "c"))
+    assert record.metrics["cache/rows_computed"] == NUM_ROWS
+    assert record.metrics["cache/gradient_error"] < 1e-4
+    (certificate,) = (tmp_path / "c").rglob("certificate.json")
+    assert json.loads(certificate.read_text())["rows"] == NUM_ROWS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in BRANCHES if name not in QUANTIZED])
 def test_every_variant_trains_the_same_adapter_from_a_cache(
@@ -246,4 +260,5 @@ def test_two_processes_fill_and_read_one_cache(way, kind, student_dir, teacher_d
         assert norm_of_difference(trained(tmp_path / name), expected) < 1e-4
         record = json.loads((tmp_path / name / "record.json").read_text())
         computed.append(record["metrics"]["cache/rows_computed"])
+        assert record["metrics"]["cache/gradient_error"] < 1e-4
     assert computed == [NUM_ROWS, 0]

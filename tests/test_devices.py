@@ -80,6 +80,9 @@ def runs(models, tmp_path_factory):
     jobs.append(job(models, folder / "tied copy", *tied_copy, student="tied"))
     offloaded = ("trainer.strategy=ddp", "sharding=teacher", "teacher.offload=true")
     jobs.append(job(models, folder / "offloaded", SHORT, *offloaded))
+    for name in ("filled", "read"):  # one after the other, the second without a teacher
+        cache = ("trainer.strategy=fsdp", SHORT, f"teacher.cache={folder / 'caches'}")
+        jobs.append(job(models, folder / name, *cache))
     train_in_processes(jobs, folder)
     return folder
 
@@ -117,6 +120,15 @@ def test_a_copy_of_a_tied_head_leaves_the_embedding_alone(runs, models, tmp_path
 
 def test_a_teacher_in_the_cpus_memory_teaches_the_same(runs, models, tmp_path):
     assert_same(trained(runs / "offloaded"), alone(models, tmp_path, SHORT))
+
+
+def test_what_is_split_over_processes_fills_a_cache_and_measures_it(runs, models, tmp_path):
+    expected = alone(models, tmp_path, SHORT)
+    for name, computes in (("filled", True), ("read", False)):
+        assert_same(trained(runs / name), expected)
+        metrics = json.loads((runs / name / "record.json").read_text())["metrics"]
+        assert (metrics["cache/rows_computed"] > 0) is computes
+        assert metrics["cache/gradient_error"] < 1e-4
 
 
 @pytest.mark.parametrize("way", ["fsdp", "teacher"])

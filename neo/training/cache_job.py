@@ -51,17 +51,18 @@ from neo.training.cache_writing import (
     write_shards,
 )
 from neo.training.certificate import (
+    OF_STREAM,
     Certificate,
     bytes_per_token,
     certificate_lines,
     certified_keys,
     certify,
+    run_both,
 )
 from neo.training.devices import num_processes
 from neo.training.launch import LAUNCHED, is_first_process, place_in_group
 from neo.training.meet import build_specs, meet_all
 
-CERTIFIED_OF_STREAM = 512  # so many of its first rows are read again at most
 CACHES = "caches"  # where caches lie whose folder nobody names
 
 
@@ -234,19 +235,17 @@ class CacheJob:
         self._say_certificate(certificate)
 
     def _certificate(self, cache: CacheFolder) -> Certificate:
-        keys = certified_keys(cache, first=CERTIFIED_OF_STREAM if self.rows.is_stream else None)
+        keys = certified_keys(cache, first=OF_STREAM if self.rows.is_stream else None)
         examples = self.rows.examples([key.row_id for key in keys])
         student, models = self.models.base_student(), self.models
         with models.precision.forward_context():
-            found = certify(
-                cache,
+            online = run_both(
                 examples,
                 lambda batch: models.outputs(student, batch),
                 lambda batch: models.outputs(models.teacher, batch),
-                vocab=self.meeting.vocab,
-                pad_id=self.rows.pad_id,
-                head_changes=self.head_changes,
+                self.rows.pad_id,
             )
+            found = certify(cache, online, vocab=self.meeting.vocab, head_changes=self.head_changes)
         return found | {"bytes_per_token": bytes_per_token(cache)}
 
     def _say_certificate(self, certificate: Mapping[str, Any]) -> None:

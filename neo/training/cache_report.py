@@ -1,38 +1,41 @@
-"""What a run's record says of its cache, and the certificate of one that the run has begun."""
+"""What a run's record says of its cache, and the certificate of one that the run has filled."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning as L
 from transformers import PreTrainedModel
 
 from neo.data.datamodule import DataModule
 from neo.data.packing import Batch
 from neo.data.prompt import IGNORE
-from neo.models.sharding import is_sharded
+from neo.losses.distillation import Distillation
+from neo.models.sharding import is_sharded, reshard
 from neo.models.student import inner
 from neo.teachers.durable import write_whole
+from neo.training.cache_rows import examples_of
 from neo.training.cached_targets import CachedTargets
 from neo.training.certificate import (
+    OF_STREAM,
     bytes_per_token,
     certificate_metrics,
     certified_keys,
     certify,
+    run_both,
 )
+from neo.training.module import NeoModule
 from neo.training.run_cache import CERTIFICATE
 from neo.training.token_loss import Outputs, outputs_of
 
-if TYPE_CHECKING:
-    from neo.training.module import NeoModule
-
 
 def cache_metrics(
-    cached: CachedTargets, module: "NeoModule", data: DataModule, seconds: float
+    cached: CachedTargets, loss: Distillation, data: DataModule, seconds: float
 ) -> dict[str, float]:
     """What was read, computed and waited for, and the errors; all processes must call.
 
     Args:
         cached: Of this process.
-        module: That has been trained.
+        loss: Of the run.
         data: Its rows.
         seconds: Of training, in which batches were waited for.
     """
@@ -40,45 +43,67 @@ def cache_metrics(
     found = {f"cache/rows_{key}": float(sum(counts[key] for counts in each)) for key in each[0]}
     if (prepared := data.prepare.get("train")) is not None and seconds:
         found["cache/wait_share"] = prepared.waited_s / seconds
-    if data.rank == 0 and _uncertified(cached, module):
-        _certify(cached, module, data)
-    return found | certificate_metrics(cached.cache.certificate(cached.folder), module.loss)
+    return found | certificate_metrics(cached.cache.certificate(cached.folder), loss)
 
 
-def _uncertified(cached: CachedTargets, module: "NeoModule") -> bool:
-    """Whether this process can and should measure the cache that it has filled."""
-    teacher = module.teacher
-    if teacher is None or cached.folder is None or is_sharded(teacher.model):
-        return False
-    return cached.cache.certificate(cached.folder) is None
+class CertifyCache(L.Callback):
+    """Measures a cache that grows when the first run that has filled it has trained.
+
+    Behind the last step both models are still on their devices, which they leave with it. Where
+    one is split all processes run it.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Writes the certificate, if there is none."""
+        assert isinstance(module, NeoModule)
+        cached, data = module.cached, trainer.datamodule
+        if cached is None or module.teacher is None:
+            return
+        split = any(map(is_sharded, (inner(module.student), module.teacher.model)))
+        row_ids = _uncertified_rows(cached, data) if data.rank == 0 else []
+        if split:
+            (row_ids, *_) = data.ranks.gather(row_ids)
+        if row_ids:
+            _certify(cached, module, data, row_ids)
 
 
-def _certify(cached: CachedTargets, module: "NeoModule", data: DataModule) -> None:
-    """Measures a cache that grows, at the student that its first run has trained."""
+def _uncertified_rows(cached: CachedTargets, data: DataModule) -> list[int]:
+    """Rows to take a certificate of, ascending; none where there is one."""
+    folder = cached.folder
+    if folder is None or cached.cache.certificate(folder) is not None:
+        return []
+    folder.refresh()
+    indices = data.train_stream(alone=True).indices
+    if indices is None:
+        return [key.row_id for key in certified_keys(folder, first=OF_STREAM)]
+    own = set(indices.tolist())
+    return [key.row_id for key in certified_keys(folder) if key.row_id in own]
+
+
+def _certify(
+    cached: CachedTargets, module: NeoModule, data: DataModule, row_ids: list[int]
+) -> None:
+    """Runs both models over the rows; the first process compares and writes."""
     assert cached.folder is not None
     assert module.teacher is not None
-    cached.folder.refresh()
-    stream = data.train_stream(alone=True)
-    if stream.indices is None:  # its rows would have to be read again
-        return
-    own = set(stream.indices.tolist())
-    keys = [key for key in certified_keys(cached.folder) if key.row_id in own]
-    table: Any = stream.rows
-    rows = [stream.encoded.encode(key.row_id, table[key.row_id]) for key in keys]
-    if not rows:
-        return
     student, teacher = inner(module.student), module.teacher.model
-    was_training = student.training
-    student.eval()
 
     def of(model: PreTrainedModel, batch: Batch) -> Outputs:
         batch = batch.to(module.device)
-        return outputs_of(model, batch, batch.targets != IGNORE)
+        found = outputs_of(model, batch, batch.targets != IGNORE)
+        reshard(model)
+        return found
 
+    was_training = student.training
+    student.eval()
+    examples = examples_of(data.train_stream(alone=True), row_ids)
     with module.trainer.precision_plugin.forward_context():
-        certificate = certify(
-            cached.folder, rows, lambda b: of(student, b), lambda b: of(teacher, b),
-            vocab=module.vocab, pad_id=cached.pad_id,
-        ) | {"bytes_per_token": bytes_per_token(cached.folder)}  # fmt: skip
+        online = run_both(
+            examples, lambda b: of(student, b), lambda b: of(teacher, b), cached.pad_id
+        )
+        if data.rank == 0:
+            certificate: dict[str, Any] = certify(cached.folder, online, vocab=module.vocab)
+            certificate["bytes_per_token"] = bytes_per_token(cached.folder)
+            content = json.dumps(certificate, indent=1).encode()
+            write_whole(cached.folder.path / CERTIFICATE, content)
     student.train(was_training)
-    write_whole(cached.folder.path / CERTIFICATE, json.dumps(certificate, indent=1).encode())

@@ -225,13 +225,8 @@ class CacheRows:
         return found
 
     def examples(self, row_ids: Sequence[int]) -> list[Example]:
-        """Those of rows of part 0 that can be used; of a stream all before the last are read."""
-        stream = self.streams[0]
-        if 0 in self.ids:
-            return [stream.encoded.encode(i, stream.rows[i]) for i in row_ids]  # type: ignore[index]
-        wanted = set(row_ids)
-        numbered = enumerate(islice(iter(stream.rows), max(wanted, default=-1) + 1))
-        return [stream.encoded.encode(i, row) for i, row in numbered if i in wanted]
+        """Those of rows of part 0 that can be used."""
+        return examples_of(self.streams[0], row_ids)
 
     def batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, list[Example]]]:
         """The examples in batches as a run lays them, with those that lie in each, in their order.
@@ -254,6 +249,20 @@ class CacheRows:
             group = sequences[start : start + size]
             batch = collate(group, self.pad_id, self.data.packing, RowReport())
             yield batch, list(chain.from_iterable(group))
+
+
+def examples_of(stream: RowStream, row_ids: Sequence[int]) -> list[Example]:
+    """Those of rows that can be used, in ascending order; of a stream all before the last are read.
+
+    Args:
+        stream: A table of rows, or rows one after another.
+        row_ids: Ascending.
+    """
+    if stream.indices is not None:
+        return [stream.encoded.encode(i, stream.rows[i]) for i in row_ids]  # type: ignore[index]
+    wanted = set(row_ids)
+    numbered = enumerate(islice(iter(stream.rows), max(wanted, default=-1) + 1))
+    return [stream.encoded.encode(i, row) for i, row in numbered if i in wanted]
 
 
 def keys_of(part: int, examples: Sequence[Example]) -> list[tuple[RowKey, int]]:

@@ -1,13 +1,14 @@
 """What a cache costs a run: its loss and gradient against the online teacher's, on a few rows.
 
-The rows are read back from the disk, and compared where training begins: at the student's base.
+The rows are read back from the disk. neo.cache compares them where training begins, at the
+student's base; a run that fills a cache, at the student it has trained.
 """
 
 import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from neo.teachers.unpack import given_of, unpacked
 from neo.training.token_loss import Outputs
 
 NUM_ROWS = 16
-BATCH = 4  # rows that a model is given at a time
+OF_STREAM = 512  # so many of a stream's first rows are read again at most
 HIDDEN_TEMPERATURES = (1.0, 2.0)  # of a cache that serves all
 LOGITS = ("student_logits", "teacher_logits")  # what makes a function a divergence
 LOGITS_AT_A_TIME = 128  # tokens
@@ -85,15 +86,58 @@ def bytes_per_token(cache: CacheFolder) -> float:
     return float(f"{size / max(1, tokens):.6g}")
 
 
-def certify(
-    cache: CacheFolder,
+@dataclass(frozen=True)
+class Online:
+    """What both models give for all supervised tokens of some rows, row by row.
+
+    Args:
+        examples: The rows, of part 0.
+        student: Without a branch of its head.
+        teacher: As it is when it runs beside the student.
+        targets: On the device of both.
+    """
+
+    examples: Sequence[Example]
+    student: Outputs
+    teacher: Outputs
+    targets: Int64[Tensor, " tokens"]
+
+
+def run_both(
     examples: Sequence[Example],
     student: Callable[[Batch], Outputs],
     teacher: Callable[[Batch], Outputs],
-    *,
-    vocab: int,
-    pad_id: int = 0,
-    head_changes: bool = False,
+    pad_id: int,
+) -> Online:
+    """Runs both models, under the precision that a run trains in.
+
+    Args:
+        examples: Of rows of part 0; at least one.
+        student: What it gives for the supervised tokens of a batch.
+        teacher: What the teacher gives for them.
+        pad_id: Fills sequences up.
+    """
+    hidden: tuple[list[Tensor], list[Tensor]] = ([], [])
+    outputs: list[Outputs] = []
+    targets = []
+    for example in examples:  # one at a time takes no more room than training does
+        batch = collate([[example]], pad_id, False, RowReport())
+        with torch.no_grad():
+            both = [model(batch) for model in (student, teacher)]
+        for states, each in zip(hidden, both, strict=True):
+            states.append(each.hidden)
+        outputs = outputs or both  # a head that is gathered is there once, not once a row
+        targets.append(batch.targets[batch.targets != IGNORE])
+    of_student, of_teacher = (
+        replace(one, hidden=torch.cat(states), branch=None)
+        for one, states in zip(outputs, hidden, strict=True)
+    )
+    together = torch.cat(targets).to(of_student.hidden.device)
+    return Online(examples, of_student, of_teacher, together)
+
+
+def certify(
+    cache: CacheFolder, run: Online, *, vocab: int, head_changes: bool = False
 ) -> Certificate:
     """Compares loss and gradient from the cache with those of the online teacher, at kd_ratio 1.
 
@@ -101,21 +145,18 @@ def certify(
     packing of the rows changes as well, for which every online run has the same.
 
     Args:
-        cache: An opened one.
-        examples: Of rows that it has, of part 0.
-        student: What the base gives for the supervised tokens of a batch.
-        teacher: What the teacher gives for them.
+        cache: An opened one, which has the rows.
+        run: What both models give for them.
         vocab: Ids that both models share.
-        pad_id: Fills sequences up.
         head_changes: The student's head will train or have a branch.
 
     Raises:
         CacheError: A row is damaged, or is of other tokens than the example.
     """
-    of_student, of_teacher, targets = _outputs(examples, student, teacher, pad_id)
-    hidden, head = of_student.hidden.detach(), of_student.head
+    examples, targets = run.examples, run.targets
+    hidden, head = run.student.hidden.detach(), run.student.head
     hidden = hidden.to(wide(hidden.dtype))
-    online = HiddenStates(hidden=of_teacher.hidden, head=of_teacher.head)
+    online = HiddenStates(hidden=run.teacher.hidden, head=run.teacher.head)
     cached = _from_cache(cache, examples, hidden.device, online.head)
     stored = cache.manifest.stored
     temperatures = HIDDEN_TEMPERATURES if stored.kind == "hidden" else (stored.temperature,)
@@ -135,28 +176,6 @@ def certify(
         left_out = 0.0 if stored.kind == "sampled" else 1 - listed
         found |= {"mass_listed": _short(listed), "mass_left_out": _short(left_out)}
     return found
-
-
-def _outputs(
-    examples: Sequence[Example],
-    student: Callable[[Batch], Outputs],
-    teacher: Callable[[Batch], Outputs],
-    pad_id: int,
-) -> tuple[Outputs, Outputs, Int64[Tensor, " tokens"]]:
-    """What both give for all supervised tokens, row by row, and the targets."""
-    of_student, of_teacher, targets = [], [], []
-    for start in range(0, len(examples), BATCH):
-        sequences = [[example] for example in examples[start : start + BATCH]]
-        batch = collate(sequences, pad_id, False, RowReport())
-        with torch.no_grad():
-            of_student.append(student(batch))
-            of_teacher.append(teacher(batch))
-        targets.append(batch.targets[batch.targets != IGNORE])
-    joined = [
-        replace(parts[0], hidden=torch.cat([part.hidden for part in parts]), branch=None)
-        for parts in (of_student, of_teacher)
-    ]
-    return joined[0], joined[1], torch.cat(targets).to(joined[0].hidden.device)
 
 
 def _from_cache(

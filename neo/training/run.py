@@ -29,7 +29,7 @@ from neo.results.records import (
     write_atomically,
     write_record,
 )
-from neo.training.cache_report import cache_metrics
+from neo.training.cache_report import CertifyCache, cache_metrics
 from neo.training.cached_targets import CachedTargets
 from neo.training.callbacks import ProgressBar, Throughput
 from neo.training.checkpoint_callback import Checkpoints
@@ -271,7 +271,9 @@ class Run:
             self.metrics |= {k: float(v) for k, v in last.items()}
             self.checkpoints.score(trainer, last["val/loss"])
         if self.cached is not None:
-            self.metrics |= cache_metrics(self.cached, module, self.data, self.throughput.seconds)
+            self.metrics |= cache_metrics(
+                self.cached, module.loss, self.data, self.throughput.seconds
+            )
         student = whole_student(module)
         if student is not None:
             self._finish(student, saved=self.checkpoints.written == trainer.global_step)
@@ -296,6 +298,8 @@ class Run:
         if config["trainer"]["enable_progress_bar"]:
             callbacks.append(ProgressBar(self.throughput))
         callbacks += pruning(config, self.checkpoints)
+        if self.cached is not None:
+            callbacks.append(CertifyCache())
         loggers: list[Logger] = [MetricsFile(self.folder, resume_step)]
         # one process speaks for all
         if is_first_process() and (logger := build(config["logger"])) is not None:
