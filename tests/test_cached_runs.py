@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from devices import IN_ORDER, environment, train_in_processes
 from devices import assert_same as assert_same_weights
 from fits import ROWS, fit, power_cut, settings, trained
@@ -75,13 +76,29 @@ def test_a_run_over_a_stream_measures_the_cache_that_it_fills(student_dir, teach
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in BRANCHES if name not in QUANTIZED])
 def test_every_variant_trains_the_same_adapter_from_a_cache(
-    variant, student_dir, teacher_dir, tmp_path
+    variant, student_dir, teacher_dir, tmp_path, signs_of_singular_vectors
 ):
+    # at 1e-2 two online runs that differ in the size of their chunks are further apart than this
+    # where starts are computed (eva: 1e-4)
     _, (online, first, read) = online_and_cached(
-        student_dir, teacher_dir, tmp_path, f"lora={variant}", "lora.r=4"
+        student_dir, teacher_dir, tmp_path, f"lora={variant}", "lora.r=4", "optim.lr=1e-3"
     )
     assert norm_of_difference(first, online) < 1e-5
     assert norm_of_difference(read, online) < 1e-5
+
+
+@pytest.fixture
+def signs_of_singular_vectors(monkeypatch):
+    """Fixes those of LoRA-GA's directions, on which the last digit of a gradient decides."""
+    svd = torch.svd_lowrank
+
+    def signed(*arguments, **keywords):
+        u, s, v = svd(*arguments, **keywords)
+        largest = u.abs().argmax(0, keepdim=True)
+        signs = u.gather(0, largest).sign()
+        return u * signs, s, v * signs
+
+    monkeypatch.setattr(torch, "svd_lowrank", signed)
 
 
 @pytest.mark.slow
