@@ -59,6 +59,25 @@ def test_twenty_steps_from_a_cache_train_the_adapter_of_the_teacher_itself(
     assert records[2].models["teacher"]["hash"] == records[0].models["teacher"]["hash"]
 
 
+def test_a_run_whose_cache_cannot_be_measured_is_a_good_run(
+    student_dir, teacher_dir, tmp_path, monkeypatch, capfd
+):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("neo.training.cache_report.certify", out_of_memory)
+    record = fit(
+        student_dir, teacher_dir, tmp_path / "a", *STEPS, "trainer.max_steps=2",
+        *auto(tmp_path / "c"),
+    )  # fmt: skip
+    assert record.status == "ok"
+    assert "cache/gradient_error" not in record.metrics
+    assert "could not be measured: no room" in " ".join(capfd.readouterr().err.split())
+    monkeypatch.undo()
+    record = fit(student_dir, teacher_dir, tmp_path / "b", *STEPS, *auto(tmp_path / "c"))
+    assert ("cache/gradient_error" in record.metrics) is (record.metrics["cache/rows_computed"] > 0)
+
+
 def test_a_run_over_a_stream_measures_the_cache_that_it_fills(student_dir, teacher_dir, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "rows.jsonl").write_text((ROWS / "messages.jsonl").read_text())

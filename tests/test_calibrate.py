@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from neo.losses.distillation import Distillation
 from neo.losses.divergences import forward_kl, reverse_kl
 from neo.models.causal_lm import CausalLM
 from neo.results.records import read_record
+from neo.training.attaching import _calibration
 from neo.training.calibrate import calibration_of
 from neo.training.peak_memory import PeakMemory
 
@@ -243,3 +246,42 @@ def test_a_part_of_a_run_has_its_own_peak_and_loses_none_of_the_runs():
         torch.ones(2**24)  # 64 MiB
     assert measured["gib"] == pytest.approx(1 / 16, abs=0.02)
     assert memory.gib() == pytest.approx(3 / 16, abs=0.02)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_happens_aside_is_no_part_of_a_runs_peak():
+    memory = PeakMemory()
+    torch.ones(2**24)  # 64 MiB
+    with memory.aside():
+        torch.ones(3 * 2**24)
+    assert memory.gib() == pytest.approx(1 / 16, abs=0.02)
+
+
+def test_a_cache_is_read_on_the_cpu_and_in_the_precision_of_training_while_models_are_built(
+    student_dir, tmp_path
+):
+    asked, autocast = [], []
+
+    class Found(Exception):
+        pass
+
+    def given(batch, teacher, student):
+        asked.append(torch.get_default_device().type)
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        raise Found
+
+    data = opened(tmp_path, packing=False)
+    context = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    trainer = SimpleNamespace(
+        datamodule=data, precision_plugin=SimpleNamespace(forward_context=context)
+    )
+    loss = Distillation(divergence=forward_kl)
+    module = SimpleNamespace(
+        trainer=trainer, _trainer=trainer, init_metrics={}, teacher=None, loss=loss, vocab=9,
+        cached=SimpleNamespace(given=given),
+    )  # fmt: skip
+    base = CausalLM(path=str(student_dir)).load(CPU, trained=False)
+    calibration = _calibration(module, base, build(compose("lora=loraga")["lora"]), CPU)
+    with torch.device("meta"), pytest.raises(Found):  # Lightning's is the GPU
+        calibration.backward(base)
+    assert (asked, autocast) == (["cpu"], [True])

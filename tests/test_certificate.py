@@ -12,10 +12,12 @@ from lab import write_rows
 from neo.losses.distillation import Distillation
 from neo.losses.divergences import forward_kl, jsd, reverse_kl
 from neo.losses.given import HiddenStates
+from neo.losses.head import Head
 from neo.teachers.durable import CacheError
 from neo.teachers.measure import measured
 from neo.teachers.store import CacheFolder
 from neo.training import cache_models
+from neo.training import certificate as certificates
 from neo.training.certificate import (
     bytes_per_token,
     certificate_lines,
@@ -97,6 +99,18 @@ def test_a_cache_that_is_wrong_throughout_shows_it(certificate_of, monkeypatch, 
     assert errors(certificate)["forward_kl", 1.0][1] > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["top_k", "projected"])
+def test_however_many_tokens_are_compared_at_a_time(certificate_of, monkeypatch, kind):
+    whole, _ = certificate_of(*KINDS[kind])
+    monkeypatch.setattr("neo.training.certificate.TOKENS", 7)
+    parts, _ = certificate_of(*KINDS[kind], "data.batch_size=3")
+    assert parts["tokens"] == whole["tokens"] > 7
+    for one, other in zip(parts["measured"], whole["measured"], strict=True):
+        assert one["kd"] == pytest.approx(other["kd"], rel=1e-4)
+        for error in ("kd_error", "gradient_error", "largest_gradient_error"):
+            assert one[error] == pytest.approx(other[error], rel=1e-2, abs=1e-6)
+
+
 def test_rows_are_spread_over_the_cache_and_bytes_are_those_on_the_disk(certificate_of):
     certificate, cache = certificate_of(*KINDS["hidden"])
     keys = cache.keys()
@@ -171,10 +185,18 @@ def test_a_certificate_is_json_and_knows_no_time(certificate_of):
     assert certificate.keys() == {"rows", "tokens", "measured", "bytes_per_token"}
 
 
-def test_errors_that_are_no_numbers_are_none():
-    from neo.training.certificate import _compared
-
+def test_errors_that_are_no_numbers_are_none(monkeypatch):
     gradient = torch.ones(2, 3, dtype=torch.float64)
-    found = _compared((1.0, gradient), (float("inf"), gradient * 2))
+    kinds = iter([(2.0, gradient), (float("inf"), gradient * 2)])
+    monkeypatch.setattr(certificates, "_kd", lambda *_: next(kinds))
+    given = HiddenStates(hidden=torch.ones(2, 3), head=Head(weight=torch.ones(5, 3)))
+    found = certificates._compared(
+        given.hidden,
+        given.head,
+        (given, given),
+        torch.ones(2).long(),
+        Distillation(divergence=forward_kl),
+        5,
+    )
     assert (found["kd"], found["kd_error"]) == (1.0, None)
     assert found["gradient_error"] == found["largest_gradient_error"] == 1.0

@@ -82,7 +82,7 @@ def runs(models, tmp_path_factory):
     jobs.append(job(models, folder / "offloaded", SHORT, *offloaded))
     for name in ("filled", "read"):  # one after the other, the second without a teacher
         cache = ("trainer.strategy=fsdp", SHORT, f"teacher.cache={folder / 'caches'}")
-        jobs.append(job(models, folder / name, *cache))
+        jobs.append(job(models, folder / name, *cache, student="tied"))
     train_in_processes(jobs, folder)
     return folder
 
@@ -123,7 +123,7 @@ def test_a_teacher_in_the_cpus_memory_teaches_the_same(runs, models, tmp_path):
 
 
 def test_what_is_split_over_processes_fills_a_cache_and_measures_it(runs, models, tmp_path):
-    expected = alone(models, tmp_path, SHORT)
+    expected = alone(models, tmp_path, SHORT, student="tied")
     for name, computes in (("filled", True), ("read", False)):
         assert_same(trained(runs / name), expected)
         metrics = json.loads((runs / name / "record.json").read_text())["metrics"]

@@ -4,7 +4,8 @@ An online teacher gives hidden states, of which its head makes logits. A cached 
 what the divergence of the run needs, and no more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -91,3 +92,15 @@ class Listed:
 
 
 Given = HiddenStates | Projected | Listed
+
+
+def of_tokens(given: Any, which: slice) -> Any:
+    """What is given for some of the tokens: a `Given` of the same class."""
+    chosen: dict[str, Any] = {}
+    for field in fields(given):
+        value = getattr(given, field.name)
+        if isinstance(value, Tensor):
+            chosen[field.name] = value[which]
+        elif isinstance(value, Facts):
+            chosen[field.name] = of_tokens(value, which)
+    return replace(given, **chosen)

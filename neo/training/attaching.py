@@ -66,7 +66,11 @@ def _calibration(
     cached = module.cached
 
     def given(batch: Batch) -> Given:
-        with module.trainer.precision_plugin.forward_context():  # as what is kept is made
+        # Lightning makes the GPU the default device while models are built; rows are read on the
+        # CPU, as they are in training
+        with torch.device("cpu"):
             return cached.given(batch, model, base)
 
-    return calibration_of(on_device, given, module.loss, module.vocab)
+    # what is kept is made under the precision of training, and goes with a student that is
+    context = module.trainer.precision_plugin.forward_context
+    return calibration_of(on_device, given, module.loss, module.vocab, context)

@@ -62,6 +62,7 @@ from neo.training.certificate import (
 from neo.training.devices import num_processes
 from neo.training.launch import LAUNCHED, is_first_process, place_in_group
 from neo.training.meet import build_specs, meet_all
+from neo.training.run_cache import student_head_identity
 
 CACHES = "caches"  # where caches lie whose folder nobody names
 
@@ -90,20 +91,24 @@ class CacheJob:
             self.rows = CacheRows(self.data)
         except ValueError as error:
             raise ConfigError(str(error).splitlines()) from error
-        self.models = CacheModels(config, self.specs, self.meeting.vocab)
-        self.student_head = self.models.student_head() if self.stored.kind == "projected" else None
-        teacher = self.specs["teacher"]
-        self.identity = cache_identity(
-            config, teacher, self.data, self.stored, self.meeting.vocab, self.student_head
-        )
+        teacher, vocab = self.specs["teacher"], self.meeting.vocab
+        projected = self.stored.kind == "projected"
+        head = student_head_identity(config, self.specs, vocab) if projected else None
+        self.identity = cache_identity(config, teacher, self.data, self.stored, vocab, head)
         self.name = name_of(self.identity)
         self.folder = out or Path(teacher.cache or CACHES) / self.name
         self.standing = Standing()
 
     @cached_property
+    def models(self) -> CacheModels:
+        """On their device, which a process that starts others has no business on."""
+        return CacheModels(self.config, self.specs, self.meeting.vocab)
+
+    @cached_property
     def measurer(self) -> Measurer:
         """Loads the teacher when it is first asked for."""
-        return Measurer(self.models, self.stored, self.shapes, self.student_head)
+        head = self.models.student_head() if self.stored.kind == "projected" else None
+        return Measurer(self.models, self.stored, self.shapes, head)
 
     def is_finished(self) -> bool:
         """Looks at what stands in the folder, and says so where it is this cache, finished.

@@ -1,7 +1,9 @@
 """What a data-driven start is computed from: the first rows of training and the run's loss."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,6 +20,7 @@ def calibration_of(
     teacher: PreTrainedModel | Callable[[Batch], Given] | None,
     spec: Distillation,
     vocab: int,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Calibration:
     """The rows, with the gradient of the very loss that the run trains: divergence and all.
 
@@ -27,16 +30,19 @@ def calibration_of(
             loss.
         spec: The loss.
         vocab: Ids that both models share.
+        context: In which the loss is computed.
     """
     positions = spec.kd_positions if teacher is not None else "aligned"
     spec = replace(spec, kd_ratio=spec.kd_ratio if teacher is not None else 0.0)
 
     def backward(model: PreTrainedModel) -> None:
         for batch in batches:
-            given = teacher
-            if teacher is not None and not isinstance(teacher, PreTrainedModel):
-                given = teacher(batch)
-            batch_sums(model, given, batch, spec, vocab, kd_positions=positions).loss.backward()
+            with context():
+                given = teacher
+                if teacher is not None and not isinstance(teacher, PreTrainedModel):
+                    given = teacher(batch)
+                sums = batch_sums(model, given, batch, spec, vocab, kd_positions=positions)
+            sums.loss.backward()
 
     return Calibration([_tokens(batch) for batch in batches], backward)
 

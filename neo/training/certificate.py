@@ -22,9 +22,9 @@ from neo.data.segments import content_of
 from neo.losses import divergences
 from neo.losses.distillation import Distillation, Divergence
 from neo.losses.fused import fused_sums
-from neo.losses.given import Given, HiddenStates, Listed
+from neo.losses.given import Given, HiddenStates, Listed, of_tokens
 from neo.losses.head import Head
-from neo.losses.products import wide
+from neo.losses.products import product_dtype, wide
 from neo.teachers.durable import CacheError
 from neo.teachers.head_file import read_head
 from neo.teachers.shards import RECORD, RowKey
@@ -36,6 +36,7 @@ NUM_ROWS = 16
 OF_STREAM = 512  # so many of a stream's first rows are read again at most
 HIDDEN_TEMPERATURES = (1.0, 2.0)  # of a cache that serves all
 LOGITS = ("student_logits", "teacher_logits")  # what makes a function a divergence
+TOKENS = 1024  # that are compared at a time
 LOGITS_AT_A_TIME = 128  # tokens
 Certificate = dict[str, Any]
 
@@ -166,9 +167,9 @@ def certify(
             spec = Distillation(divergence=divergence, kd_ratio=1.0, temperature=temperature)
             if stored.given_refusals(spec, head_changes=head_changes, softcap=head.softcap):
                 continue
-            both = [_kd(hidden, head, given, targets, spec, vocab) for given in (online, cached)]
             compared: dict[str, Any] = {"divergence": name, "temperature": temperature}
-            measured.append(compared | _compared(*both))
+            kinds = (online, cached)
+            measured.append(compared | _compared(hidden, head, kinds, targets, spec, vocab))
     found: Certificate = {"rows": len(examples), "tokens": len(targets), "measured": measured}
     if isinstance(cached, Listed):
         listed = _mass_listed(online, cached, vocab)
@@ -209,7 +210,7 @@ def _kd(
     spec: Distillation,
     vocab: int,
 ) -> tuple[float, Float[Tensor, "tokens d"]]:
-    """The mean divergence per token, and the gradient of the hidden states."""
+    """The divergence, summed over tokens, and the gradient of the hidden states."""
     leaf = hidden.clone().requires_grad_()
     frozen = replace(head, weight=head.weight.detach(), branch=None)
     with torch.enable_grad():
@@ -217,16 +218,39 @@ def _kd(
     sums.loss.backward()
     assert leaf.grad is not None
     assert sums.kd is not None
-    return sums.kd.item() / len(targets), leaf.grad.double()
+    return sums.kd.item(), leaf.grad.double()
 
 
 def _compared(
-    online: tuple[float, Float[Tensor, "tokens d"]], cached: tuple[float, Float[Tensor, "tokens d"]]
+    hidden: Float[Tensor, "tokens d"],
+    head: Head,
+    given: tuple[Given, Given],
+    targets: Int64[Tensor, " tokens"],
+    spec: Distillation,
+    vocab: int,
 ) -> dict[str, float | None]:
-    """Errors of the cached loss; those of the gradient relative to the root mean square token's."""
-    (kd, gradient), (other, other_gradient) = online, cached
-    size = gradient.norm()
-    off = (other_gradient - gradient).norm(dim=-1) / size
+    """Errors of the cached loss; those of the gradient relative to the root mean square token's.
+
+    Args:
+        hidden: Of the student.
+        head: Of the student.
+        given: By the teacher online, and from the cache.
+        targets: Of the tokens.
+        spec: The loss.
+        vocab: Ids that both models share.
+    """
+    kd, other = 0.0, 0.0
+    sizes, distances = [], []
+    for start in range(0, len(targets), TOKENS):
+        part = slice(start, start + TOKENS)
+        (own_kd, gradient), (own_other, other_gradient) = (
+            _kd(hidden[part], head, of_tokens(each, part), targets[part], spec, vocab)
+            for each in given
+        )
+        kd, other = kd + own_kd / len(targets), other + own_other / len(targets)
+        sizes.append(gradient.norm(dim=-1))
+        distances.append((other_gradient - gradient).norm(dim=-1))
+    off = torch.cat(distances) / torch.cat(sizes).norm()
     return {
         "kd": _short(kd),
         "kd_error": _short(other - kd),
@@ -237,13 +261,14 @@ def _compared(
 
 def _mass_listed(teacher: HiddenStates, cached: Listed, vocab: int) -> float:
     """How much of the online teacher's probability the listed ids have, mean over tokens."""
-    total, dtype = 0.0, teacher.hidden.dtype
+    total, dtype = 0.0, product_dtype(teacher.hidden)
     head = teacher.head.to(dtype)
-    for start in range(0, len(cached.ids), LOGITS_AT_A_TIME):
-        part = slice(start, start + LOGITS_AT_A_TIME)
-        logits = head.logits(teacher.hidden[part], stop=vocab) / cached.temperature
-        p = logits.softmax(-1).gather(-1, cached.ids[part].long())
-        total += p.masked_fill(cached.log_p[part] == -math.inf, 0.0).sum().item()
+    with torch.autocast(teacher.hidden.device.type, enabled=False):  # logits are float32
+        for start in range(0, len(cached.ids), LOGITS_AT_A_TIME):
+            part = slice(start, start + LOGITS_AT_A_TIME)
+            logits = head.logits(teacher.hidden[part].to(dtype), stop=vocab) / cached.temperature
+            p = logits.softmax(-1).gather(-1, cached.ids[part].long())
+            total += p.masked_fill(cached.log_p[part] == -math.inf, 0.0).sum().item()
     return total / len(cached.ids)
 
 

@@ -33,6 +33,13 @@ class PeakMemory:
         if (peak := self._above(before, self._peak())) is not None:
             measured["gib"] = peak
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens within does not count."""
+        self.highest = max(self.highest, self._peak())
+        yield
+        self._reset()
+
     def _above(self, before: int, peak: int) -> float | None:
         return max(0, peak - before) / 2**30 if peak or self.cuda else None
 

@@ -299,7 +299,7 @@ class Run:
             callbacks.append(ProgressBar(self.throughput))
         callbacks += pruning(config, self.checkpoints)
         if self.cached is not None:
-            callbacks.append(CertifyCache())
+            callbacks.append(CertifyCache(self.console.print))
         loggers: list[Logger] = [MetricsFile(self.folder, resume_step)]
         # one process speaks for all
         if is_first_process() and (logger := build(config["logger"])) is not None:

@@ -17,6 +17,7 @@ from neo.losses.distillation import Distillation
 from neo.losses.head import Head
 from neo.models.head_weights import read_head
 from neo.teachers.cached import CachedTeacher
+from neo.teachers.device import device_of
 from neo.teachers.durable import CacheError
 from neo.teachers.fields import Shapes
 from neo.teachers.head_file import HEAD
@@ -91,7 +92,8 @@ class RunCache:
                 f"{self.path}: keeps hidden states of {self.source.path} as it was ({known}), and "
                 f"it is another now ({now}); its head does not go with them"
             )
-        head = factors_of(read_head(self.source, device, trained=False))
+        own = device_of(self.source.device) or device  # where it was loaded for
+        head = factors_of(read_head(self.source, own, trained=False))
         bias = None if head.bias is None else head.bias.to(device)
         return replace(head, weight=head.weight.to(device), bias=bias)
 
@@ -165,7 +167,7 @@ def _own_cache(
     assert teacher.cache is not None
     kept = kept_of(config, specs, vocab)
     stored = kept.stored
-    head = _student_head(config, specs, vocab) if stored.kind == "projected" else None
+    head = student_head_identity(config, specs, vocab) if stored.kind == "projected" else None
     identity = cache_identity(config, teacher, data, stored, vocab, head)
     path = Path(teacher.cache) / name_of(identity)
     if (path / UNFINISHED).exists():
@@ -200,7 +202,9 @@ def _given_cache(
     own = meta_head(specs["student"], specs["lora"])
     changes = head_changes(own)
     check_loss(manifest.stored, specs["loss"], where, head_changes=changes, softcap=own.softcap)
-    head = _student_head(config, specs, vocab) if manifest.stored.kind == "projected" else None
+    head = (
+        student_head_identity(config, specs, vocab) if manifest.stored.kind == "projected" else None
+    )
     of_run = cache_identity(config, None, data, manifest.stored, vocab, head)
     of_run["teacher"] = dict(manifest.identity["teacher"])
     if teacher.of is not None:
@@ -223,7 +227,7 @@ def _opened(path: Path) -> CacheFolder:
         raise ConfigError(str(error).splitlines()) from error
 
 
-def _student_head(
+def student_head_identity(
     config: Mapping[str, Any], specs: Mapping[str, Any], vocab: int
 ) -> dict[str, Any]:
     """What names the frozen head, read from the student's files; once for the runs of a sweep."""
