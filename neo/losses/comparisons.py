@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from neo.losses.distillation import Distillation
-from neo.losses.given import Facts
+from neo.losses.given import Facts, of_tokens
 from neo.losses.gradients import (
     PerToken,
     Rows,
@@ -143,7 +143,9 @@ class ByMeanLogit(Comparison):
 
     def at(self, block: slice) -> "ByMeanLogit":
         """Those of some of the tokens."""
-        return ByMeanLogit(self.mean_logit[block], self.entropy[block], some(self.facts, block))
+        return ByMeanLogit(
+            self.mean_logit[block], self.entropy[block], of_tokens(self.facts, block)
+        )
 
     def against(
         self,
@@ -161,12 +163,6 @@ class ByMeanLogit(Comparison):
         if gradient:
             slope = q if temperature == 1 else q.mul_(temperature)
         return reported(kd, slope, student, self.facts)
-
-
-def some(facts: Facts, which: slice) -> Facts:
-    """Those of some of the tokens."""
-    mass_out = None if facts.mass_out is None else facts.mass_out[which]
-    return Facts(target=facts.target[which], top=facts.top[which], mass_out=mass_out)
 
 
 def reported(kd: PerToken, slope: Rows | None, student: StudentBlock, facts: Facts) -> Compared:

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from neo.losses.chunk import ChunkSums, block_rows, differentiate_chunk, kind_of
-from neo.losses.comparisons import ByLogits, ByMeanLogit, Comparison, some
+from neo.losses.comparisons import ByLogits, ByMeanLogit, Comparison
 from neo.losses.distillation import Distillation, TokenSums, function_of
 from neo.losses.divergences import forward_kl
-from neo.losses.given import Given, HiddenStates, Listed, Projected
+from neo.losses.given import Given, HiddenStates, Listed, Projected, of_tokens
 from neo.losses.head import Head
 from neo.losses.listed import ByList
 from neo.losses.products import (
@@ -278,12 +278,13 @@ def comparisons(
     def mean_logits(chunk: slice) -> Comparison:
         # In float64 where the device has it: losses are differences of these.
         precise = torch.float32 if hidden.device.type == "mps" else torch.float64
-        factors = hidden[chunk].to(dtype).to(precise), teacher.mean_row[chunk].to(precise)
+        given = of_tokens(teacher, chunk)
+        factors = hidden[chunk].to(dtype).to(precise), given.mean_row.to(precise)
         mean = torch.linalg.vecdot(*factors)
-        if teacher.mean_bias is not None:
-            mean += teacher.mean_bias[chunk]
+        if given.mean_bias is not None:
+            mean += given.mean_bias
         mean *= head.logit_scale
-        return ByMeanLogit(mean, teacher.entropy[chunk].to(precise), some(teacher.facts, chunk))
+        return ByMeanLogit(mean, given.entropy.to(precise), given.facts)
 
     return mean_logits
 

@@ -5,7 +5,7 @@ what the divergence of the run needs, and no more.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -94,8 +94,11 @@ class Listed:
 Given = HiddenStates | Projected | Listed
 
 
-def of_tokens(given: Any, which: slice) -> Any:
-    """What is given for some of the tokens: a `Given` of the same class."""
+SomeGiven = TypeVar("SomeGiven", bound=Given | Facts)
+
+
+def of_tokens(given: SomeGiven, which: slice) -> SomeGiven:
+    """What is given for some of the tokens."""
     chosen: dict[str, Any] = {}
     for field in fields(given):
         value = getattr(given, field.name)

@@ -6,15 +6,15 @@ whose weights are the teacher's probabilities in expectation, gives forward KL w
 Logit Sampling, 2025, arXiv:2503.16870).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from neo.losses.comparisons import Compared, Comparison, StudentBlock, reported, some
+from neo.losses.comparisons import Compared, Comparison, StudentBlock, reported
 from neo.losses.distillation import Distillation
-from neo.losses.given import Listed
+from neo.losses.given import Listed, of_tokens
 from neo.losses.gradients import Softened, ValueAndGradient, divergence_of, log_partition
 
 # Log-probability that stands for none: its exponential is 0, and differences of two are numbers.
@@ -29,17 +29,7 @@ class ByList(Comparison):
 
     def at(self, block: slice) -> "ByList":
         """Those of some of the tokens."""
-        x = self.listed
-        return ByList(
-            replace(
-                x,
-                ids=x.ids[block],
-                log_p=x.log_p[block],
-                log_rest=None if x.log_rest is None else x.log_rest[block],
-                entropy=None if x.entropy is None else x.entropy[block],
-                facts=some(x.facts, block),
-            )
-        )
+        return ByList(of_tokens(self.listed, block))
 
     def against(
         self,
